@@ -1,0 +1,698 @@
+"""
+Reinforcement learning with verifiable rewards, by AERO (arXiv 2602.14338) or one of its baselines: the whole story.
+
+    python train.py                                    the embedded default: built-in task, tiny base model, CPU or one GPU
+    python train.py --algo grpo                        the same with GRPO
+    torchrun --nproc_per_node 8 train.py --model Qwen/Qwen2.5-Math-1.5B          MATH, 8 GPUs
+    python train.py settings.json                      every flag from a JSON file; `--help` explains them
+
+One step:  data.batch -> Sampler -> Grader -> aero.choose -> packed micro-batches, FSDP2 -> Sampler.load
+Two problems never wait for each other: a problem's next round is requested as soon as its own rollouts are graded, while
+the sampler decodes those of the others. A decision is only taken on complete rounds; on half a round, the shorter half
+would decide.
+
+A run writes out/NAME/ and nothing else: config.json, metrics.jsonl (one object per step), rollouts.jsonl (samples), eval/,
+tb/, checkpoints/step_N/, model/ (Hugging Face folder), curves.png. The same command again continues from the last
+checkpoint. Nothing that decides the result depends on the number of ranks, on micro-batches or on who finished first:
+random streams hang on (seed, step, problem, rollout, position), denominators are counted once over all ranks.
+
+Deviations from the paper, whose appendix was not public when this was written:
+ 1. n_explore 8, n_extra 2, n_total 16, n_same 4, Beta(1, 1) are our reading of its description.
+ 2. Strictly on-policy by default: one optimizer step per batch, so the ratio is exactly 1 and the clip never acts.
+ 3. No KL term. 4. A truncated response is wrong whatever it says, and is trained on like any other wrong one.
+
+Shapes: T packed tokens, S rollouts, R trained response tokens.
+"""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import HfArgumentParser
+
+import aero
+import data
+import eval
+import report
+from aero import knob
+from base import base_config, base_model, character_tokenizer
+from model import Model, ModelConfig, load_weights, resolve, save_folder
+from reward import Grader, Verdict
+from rollout import Request, Rollout, Sampler, Sampling
+
+
+@dataclass
+class Config(aero.Settings):
+    """Every setting of a run; those of the algorithm stand in aero.Settings. Defaults are those of `python train.py`."""
+
+    # model and data
+    model: str = knob("", "model folder or hub name; empty: the embedded base model, trained at first start")
+    data: str = knob("arithmetic:train:8000:1-6", "problems to train on: a file, a hub name, or the built-in task (see data.py)")
+    eval_data: str = knob("arithmetic:heldout:192:1-6", "comma-separated problems to evaluate on; empty: none")
+    template: str = knob("none", "prompt template: qwen_math, r1, none, chat, or a file or text with {question}")
+    # sampling
+    problems: int = knob(32, "problems per step, over all ranks")
+    max_new: int = knob(96, "most response tokens; longer ones are cut and count as wrong")
+    temperature: float = knob(1.0, "of the policy, when it samples and when it is trained")
+    slots: int = knob(256, "rollouts in flight per rank")
+    graders: int = knob(1, "grading processes per rank")
+    rescue_barrier: bool = knob(False, "start no round before all problems have finished theirs; slower, same rollouts")
+    # learning
+    steps: int = knob(60, "optimizer batches")
+    updates_per_batch: int = knob(1, "optimizer steps on each batch; above 1 the ratio is against the sampler's log-probs")
+    lr: float = knob(1e-3, "learning rate after warm-up, constant")
+    warmup: int = knob(5, "steps of linear warm-up")
+    weight_decay: float = knob(0.0, "of AdamW, on matrices")
+    grad_clip: float = knob(1.0, "largest gradient norm")
+    micro_tokens: int = knob(16384, "tokens per micro-batch, prompt and response")
+    checkpoint_activations: bool = knob(False, "recompute blocks in backward: less memory, a third more training FLOPs")
+    # the run
+    seed: int = knob(0, "root of every random stream")
+    out: str = knob("out", "folder for runs and the embedded base model")
+    name: str = knob("", "folder of this run under --out; empty: MODEL-ALGO-sSEED")
+    eval_every: int = knob(20, "steps between evaluations; there is one before step 0 and one at the end")
+    eval_k: int = knob(8, "responses per problem in an evaluation")
+    eval_limit: int = knob(0, "problems per evaluation set, 0: all")
+    save_every: int = knob(20, "steps between checkpoints; there is one at the end")
+    show_every: int = knob(20, "steps between sample rollouts on the console")
+
+    def check(self):
+        super().check()
+        for name in ("problems", "max_new", "slots", "graders", "steps", "updates_per_batch", "micro_tokens", "eval_every",
+                     "eval_k", "save_every", "show_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: wanted 1 or more")
+        for name in ("lr", "temperature", "grad_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: wanted a number above 0")
+        for name in ("warmup", "weight_decay", "eval_limit"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: wanted 0 or more")
+        if Path(self.name).name != self.name or self.name.startswith("."):
+            raise ValueError(f"--name {self.name}: wanted a plain folder name under --out {self.out}")
+
+
+# What --model changes, unless a flag says otherwise: Qwen2.5-Math-1.5B on MATH with a context of 4096.
+PRETRAINED = dict(
+    data="math", eval_data="math500", template="qwen_math", problems=128, max_new=3072, slots=256, graders=4, steps=400, lr=1e-6,
+    warmup=10, micro_tokens=32768, eval_every=20, eval_k=4, save_every=20, show_every=5,
+)
+
+
+def parse(argv) -> Config:
+    """Flags and JSON files of settings; a later one wins. ValueError, one line, for anything unknown or contradictory."""
+    parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False)
+
+    def refuse(message):
+        raise ValueError(message)
+
+    parser.error = refuse
+    files, flags = [a for a in argv if a.endswith(".json")], [a for a in argv if not a.endswith(".json")]
+    given = {}
+    for file in files:
+        try:
+            given |= json.loads(Path(file).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"settings file {file}: {error}") from None
+    known = {f for f in Config.__dataclass_fields__}
+    if given.keys() - known:
+        raise ValueError(f"settings file {' '.join(files)}: unknown {', '.join(sorted(given.keys() - known))}")
+    parser.set_defaults(**given)
+    first, unknown = parser.parse_known_args(flags)
+    if unknown:
+        raise ValueError(f"unknown {' '.join(unknown)}; known are {' '.join('--' + name for name in sorted(known))}")
+    # Weakest first: Config, what a pretrained model changes, what the algorithm's authors published, files, flags.
+    aero.need_known(first.algo)
+    parser.set_defaults(**(PRETRAINED if first.model else {}) | aero.ALGORITHMS[first.algo].defaults | given)
+    (cfg,) = parser.parse_args_into_dataclasses(flags)
+    cfg.name = cfg.name or f"{Path(cfg.model).name or 'tiny'}-{cfg.algo}-s{cfg.seed}"
+    cfg.check()
+    return cfg
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Ranks. Collectives happen only in the functions of this section, in the update, in Sampler.load's argument and in
+# checkpoints, at the same places on every rank.
+
+def start_ranks() -> tuple[int, int, torch.device]:
+    """One process is a world of one: the same path as under torchrun."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"     # objects travel over gloo
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    where = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, **where)
+    return rank, world, device
+
+
+def gather(x) -> list:
+    """Every rank's x, in the order of ranks."""
+    parts = [x] * dist.get_world_size()
+    if len(parts) > 1:
+        dist.all_gather_object(parts, x)
+    return parts
+
+
+class Stop:
+    """TERM and INT end the run at the next safe point, with a checkpoint. A second INT kills as usual."""
+
+    def __init__(self):
+        self.asked = False
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sample and grade
+
+@dataclass
+class Group:
+    """All rollouts of one problem in one step. `place`: its position among the step's problems, the same on any world size."""
+
+    place: int
+    problem: data.Problem
+    rounds: list[int] = field(default_factory=list)             # round in which rollout i was asked for
+    rollouts: dict[int, Rollout] = field(default_factory=dict)  # by index; they finish in any order
+    verdicts: dict[int, Verdict] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.verdicts) == len(self.rounds)
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """(n,) in the order in which they were asked for. A truncated rollout is wrong."""
+        return np.array([self.verdicts[i].score * (not self.rollouts[i].truncated) for i in range(len(self.rounds))])
+
+    def ask(self, n: int, max_new: int) -> list[Request]:
+        first, number = len(self.rounds), self.rounds[-1] + 1 if self.rounds else 0
+        self.rounds += [number] * n
+        return [Request(self.place, i, self.problem.prompt, max_new) for i in range(first, first + n)]
+
+
+def draw(requests, groups, cfg, sampler, grader, tokenizer, stop) -> float:
+    """
+    Draws and grades `requests` and all further rounds that the algorithm asks for. Rank-local. Returns the seconds in which
+    decoding had ended and grading had not. After a stop signal it returns early, with incomplete groups.
+    """
+    algo, by_place, ready, waited = aero.ALGORITHMS[cfg.algo], {g.place: g for g in groups}, [], 0.0
+    sampler.add(requests)
+    while (sampler.busy or grader.pending) and not stop.asked:
+        for rollout in sampler.step():
+            group = by_place[rollout.problem]
+            group.rollouts[rollout.index] = rollout
+            response = tokenizer.decode(rollout.tokens, skip_special_tokens=True)
+            grader.submit((rollout.problem, rollout.index), response, group.problem.gold)
+        begun = time.perf_counter()
+        decoding = sampler.busy
+        for (place, index), verdict in grader.poll() if decoding else grader.wait(0.1):
+            by_place[place].verdicts[index] = verdict
+            if by_place[place].complete:
+                ready.append(by_place[place])
+        waited += 0 if decoding else time.perf_counter() - begun
+        if not cfg.rescue_barrier or not (sampler.busy or grader.pending):
+            for group in ready:
+                sampler.add(group.ask(algo.more(group.rewards, cfg), cfg.max_new))
+            ready.clear()
+    return waited
+
+
+def collect(cursor, problems, cfg, rank, world, draw_all, stop) -> tuple[list[Group], int, float]:
+    """
+    This rank's groups of one step, complete. Problems come from an endless order of epochs, from `cursor` on: number
+    `place` of the step is drawn by rank place % world. Returns (groups, new cursor, seconds waited for graders).
+    """
+    def take(places):
+        found = [(place, data.batch(len(problems), cfg.seed, cursor + place, 1)[0]) for place in places]
+        return [Group(place, problems[i]) for place, i in found if place % world == rank]
+
+    def run(asked):     # [(group, further rollouts)]
+        return draw_all([request for group, n in asked for request in group.ask(n, cfg.max_new)], groups)
+
+    algo, taken = aero.ALGORITHMS[cfg.algo], cfg.problems
+    groups = take(range(taken))
+    waited = run([(g, algo.first(cfg)) for g in groups])
+
+    # Rounds whose size depends on other problems: the only ones at which ranks meet.
+    while cfg.algo == "aero" and cfg.rescue and cfg.rescue_budget == "pool" and not any(gather(stop.asked)):
+        state = [(g.place, len(g.rounds), aero.unsolved(g.rewards, cfg)) for g in groups]
+        state = sorted(itertools.chain(*gather(state)))
+        waiting = [place for place, _, unsolved in state if unsolved]
+        spare = cfg.problems * cfg.n_total - sum(n for _, n, _ in state)
+        share = dict(zip(waiting, aero.deal(len(waiting), spare, cfg)))
+        if not any(share.values()):
+            break
+        waited += run([(g, share[g.place]) for g in groups if share.get(g.place)])
+    for _ in range(cfg.refill_cap * algo.refill):
+        missing = cfg.problems - sum(gather(sum(not aero.is_flat(g.rewards) for g in groups)))
+        if missing == 0 or any(gather(stop.asked)):
+            break
+        fresh, taken = take(range(taken, taken + missing)), taken + missing
+        groups += fresh
+        waited += run([(g, algo.first(cfg)) for g in fresh])
+    return groups, cursor + taken, waited
+
+
+class Trained(NamedTuple):
+    """One rollout on its way to the learner."""
+
+    place: int
+    prompt: tuple[int, ...]
+    tokens: list[int]
+    logps: list[float]
+    advantage: float
+
+
+def choose(groups, step, cfg) -> tuple[list[Trained], list[dict]]:
+    """What to train on of this rank's groups, and one plain record per group for accounting and samples."""
+    batch, records = [], []
+    for g in groups:
+        kept, advantage = aero.choose(g.rewards, cfg, np.random.default_rng([cfg.seed, step, g.place]))
+        for i, a in zip(kept, advantage):
+            batch.append(Trained(g.place, g.problem.prompt, g.rollouts[i].tokens, g.rollouts[i].logps, float(a)))
+        n = range(len(g.rounds))
+        records.append(dict(
+            place=g.place, prompt=len(g.problem.prompt), rewards=g.rewards.tolist(), rounds=g.rounds, kept=kept.tolist(),
+            advantage=advantage.tolist(), lengths=[len(g.rollouts[i].tokens) for i in n],
+            truncated=[g.rollouts[i].truncated for i in n], reasons=[g.verdicts[i].reason for i in n],
+        ))
+    return batch, records
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Learn
+
+def shard(model: Model, device) -> None:
+    """
+    FSDP2: each block, then the root with embedding, last norm and head. fp32 master weights and reductions; bf16 compute on
+    CUDA. Gradients are summed over ranks, not averaged: the loss carries global denominators already.
+    """
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = bf16 if device.type == "cuda" else MixedPrecisionPolicy(cast_forward_inputs=False)
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)     # gloo and NCCL alike: no pre-multiplied sum
+
+
+def make_optimizer(model, cfg) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, 0.95), fused=matrices[0].is_cuda)
+    # Made here and not in the first step, so that a checkpoint has the same entries before and after it.
+    for p in model.parameters():
+        count = torch.zeros((), device=p.device if p.is_cuda else None)
+        optimizer.state[p] = dict(step=count, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    return optimizer
+
+
+def pack(lengths, world: int, cap: int) -> list[list[list[int]]]:
+    """
+    Micro-batches for each rank: lists of indices into `lengths`, as many on every rank, at most `cap` tokens in each unless
+    one sequence alone is longer. Longest first into the least loaded; where one does not fit, with one more round of bins.
+
+    >>> pack([5, 4, 3, 3], world=2, cap=8)
+    [[[0, 3]], [[1, 2]]]
+    """
+    order, n = sorted(range(len(lengths)), key=lambda i: -lengths[i]), world * math.ceil(sum(lengths) / cap / world)
+    while True:
+        bins, load = [[] for _ in range(n)], [0] * n
+        for i in order:
+            b = min(range(n), key=load.__getitem__)
+            if bins[b] and load[b] + lengths[i] > cap:
+                break
+            bins[b].append(i)
+            load[b] += lengths[i]
+        else:
+            return [bins[rank::world] for rank in range(world)]
+        n += world
+
+
+def packed(items: list[Trained], weights, device) -> dict:
+    """
+    Tensors of one micro-batch. Row t of the forward pass predicts token t + 1, so a response r0 r1 after a prompt p0 p1 p2
+    is trained through rows 2 and 3:   ids_T = p0 p1 p2 r0 r1,   rows_R = 2 3,   targets_R = r0 r1
+    """
+    ids, rows, lengths, per_rollout = [], [], [], [len(x.tokens) for x in items]
+    for x in items:
+        first = len(ids) + len(x.prompt) - 1
+        rows += range(first, first + len(x.tokens))
+        ids += [*x.prompt, *x.tokens]
+        lengths.append(len(x.prompt) + len(x.tokens))
+
+    def spread(values):     # one value per rollout to all its tokens
+        return torch.tensor(np.repeat(np.asarray(values, np.float32), per_rollout), device=device)
+
+    return dict(
+        ids_T=torch.tensor(ids, device=device), cu=torch.tensor([0, *itertools.accumulate(lengths)], device=device).int(),
+        max_len=max(lengths), rows_R=torch.tensor(rows, device=device),
+        targets_R=torch.tensor([t for x in items for t in x.tokens], device=device),
+        sampled_R=torch.tensor([p for x in items for p in x.logps], device=device),
+        adv_R=spread([x.advantage for x in items]), weight_R=spread(weights),
+    )
+
+
+def update(model, optimizer, batch: list[Trained], lr: float, cfg, rank, world, device) -> dict:
+    """
+    One batch, cfg.updates_per_batch optimizer steps. `batch` is the whole step's, the same on every rank. A rank with less to
+    train on than others still takes part in every collective, with weight zero. A step with a gradient that is not finite is
+    skipped by all ranks together, since they see the same norm. Returns metrics over all ranks.
+    """
+    lengths = [len(x.tokens) for x in batch]
+    weights = aero.token_weights([x.place for x in batch], lengths, cfg.loss_norm, cfg.max_new)
+    micro = pack([len(x.prompt) + len(x.tokens) for x in batch], world, cfg.micro_tokens)[rank]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    sums, largest = torch.zeros(6, dtype=torch.float64, device=device), torch.zeros(1, device=device)
+    norm, skipped, peak = 0.0, 0, 0.0
+    for number in range(cfg.updates_per_batch):
+        optimizer.zero_grad()
+        for m, indices in enumerate(micro):
+            model.set_requires_gradient_sync(m == len(micro) - 1)
+            of = indices or [0]     # nothing left for this rank: the first rollout, with weight zero
+            t = packed([batch[i] for i in of], [weights[i] if indices else 0.0 for i in of], device)
+            logp_R, entropy_R = model(t["ids_T"], t["cu"], t["max_len"], t["targets_R"], t["rows_R"], cfg.temperature)
+            behaviour_R = logp_R.detach() if cfg.updates_per_batch == 1 else t["sampled_R"]
+            loss, clipped, ratio = aero.policy_loss(
+                logp_R, behaviour_R, t["adv_R"], t["weight_R"], cfg.clip_low, cfg.clip_high
+            )
+            loss.backward()
+            with torch.no_grad():
+                real = t["weight_R"] > 0
+                gap_R = (logp_R - t["sampled_R"])[real]
+                sums[:4] += torch.stack([loss, clipped, ratio, t["weight_R"].sum()])
+                if number == 0 and len(gap_R):      # sampler against learner, before the weights move
+                    sums[4:] += torch.stack([entropy_R[real].sum(), (gap_R.exp() - 1 - gap_R).sum()])
+                    largest = torch.maximum(largest, gap_R.abs().max())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).full_tensor().item()
+        if math.isfinite(norm):
+            optimizer.step()
+            peak = max(peak, norm)
+        else:
+            skipped += 1
+    optimizer.zero_grad()
+    dist.all_reduce(sums)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    loss, clipped, ratio, weight, entropy, gap = sums.tolist()
+    return {
+        "loss/policy": loss / cfg.updates_per_batch, "loss/clip_frac": clipped / weight, "loss/ratio_mean": ratio / weight,
+        "policy/entropy": entropy / sum(lengths), "mismatch/kl": gap / sum(lengths), "mismatch/max_abs": largest.item(),
+        "optim/lr": lr, "optim/grad_norm": peak if skipped < cfg.updates_per_batch else norm, "optim/skipped": skipped,
+    }
+
+
+def full_weights(model):
+    """(name, whole tensor), one at a time: a collective on every rank."""
+    return ((name, p.detach().full_tensor()) for name, p in model.named_parameters())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Keep
+
+def learner_state(model, optimizer) -> dict:
+    """What a checkpoint holds of the learner, by parameter name: shards stay shards, so any number of ranks can load it."""
+    named = dict(model.named_parameters())
+    return {"weights": {n: p.detach() for n, p in named.items()}} | {
+        key: {n: optimizer.state[p][key] for n, p in named.items()} for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+
+def save_checkpoint(run: Path, step: int, progress: dict, model, optimizer, rank: int) -> None:
+    """A fresh folder, renamed when all of it is on disk; then all but the last two are removed."""
+    final = run / "checkpoints" / f"step_{step}"
+    partial = final.with_suffix(".partial")
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+    dist.barrier()
+    dcp.save(learner_state(model, optimizer), checkpoint_id=partial)
+    if rank == 0:
+        with open(partial / "progress.json", "w") as file:
+            json.dump(progress | {"step": step}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in checkpoints(run)[:-2]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete ones, oldest first."""
+    return sorted((p.parent for p in run.glob("checkpoints/step_*/progress.json") if p.parent.suffix != ".partial"),
+                  key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def load_checkpoint(folder: Path, model, optimizer) -> dict:
+    dcp.load(learner_state(model, optimizer), checkpoint_id=folder)
+    return json.loads((folder / "progress.json").read_text())
+
+
+def open_run(cfg: Config) -> Path:
+    """
+    The run's folder. What is there must be of the same configuration, but for `steps`: a run can be made longer. ValueError
+    names the first setting that differs.
+    """
+    run, now = Path(cfg.out) / cfg.name, asdict(cfg)
+    if (run / "config.json").is_file():
+        before = json.loads((run / "config.json").read_text())["settings"]
+        for key in now:
+            if key not in ("steps", "out") and before.get(key) != now[key]:
+                raise ValueError(f"{run} is a run with --{key} {before.get(key)}, not {now[key]}: give this one another --name")
+    elif run.exists() and any(run.iterdir()):
+        raise ValueError(f"{run} holds files that are not a run's: give this one another --name")
+    return run
+
+
+def versions() -> dict:
+    """What a figure of this run depends on beside its settings."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return dict(commit=git.stdout.strip() or "unknown", torch=torch.__version__, python=sys.version.split()[0], device=gpu)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Complete or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n")
+    partial.rename(path)
+
+
+def export(run: Path, model, model_cfg, tokenizer, rank: int) -> None:
+    """The Hugging Face folder of the run, in the dtype of the model it began with."""
+    weights = {name: w.cpu() if rank == 0 else None for name, w in full_weights(model)}
+    if rank == 0:
+        shutil.rmtree(run / "model.partial", ignore_errors=True)
+        kind = model_cfg.raw.get("dtype") or model_cfg.raw.get("torch_dtype") or "float32"
+        save_folder(run / "model.partial", model_cfg, weights, tokenizer, getattr(torch, kind))
+        shutil.rmtree(run / "model", ignore_errors=True)
+        (run / "model.partial").rename(run / "model")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The run
+
+class Clock:
+    """Seconds of a step by phase; `other` is what no phase claims, so that the parts sum to the step."""
+
+    PHASES = ("rollout", "reward", "update", "sync", "eval", "save")
+
+    def __init__(self, device):
+        self.device, self.begun, self.parts = device, time.perf_counter(), dict.fromkeys(self.PHASES, 0.0)
+        self.last = self.begun
+
+    def phase(self, name: str) -> None:
+        """Everything since the last call belongs to `name`."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.parts[name] = self.parts.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def read(self) -> dict:
+        total = time.perf_counter() - self.begun
+        parts = self.parts | {"step": total, "other": total - sum(self.parts[p] for p in self.PHASES)}
+        return {f"time/{name}": seconds for name, seconds in parts.items()}
+
+
+def prepare(cfg: Config):
+    """(config, tokenizer, problems, {name: problems to evaluate on}). All that can be wrong with the input is found here."""
+    if cfg.model:
+        model_cfg = ModelConfig.from_folder(resolve(cfg.model))
+        tokenizer = eval.load_tokenizer(resolve(cfg.model), model_cfg.vocab_size)
+    else:
+        tokenizer = character_tokenizer()
+        model_cfg = base_config(tokenizer)
+    room = model_cfg.max_position_embeddings - cfg.max_new
+    if room < 1:
+        raise ValueError(f"--max_new {cfg.max_new} leaves no room for a prompt in the model's context of "
+                         f"{model_cfg.max_position_embeddings} tokens")
+    problems = data.load(cfg.data, tokenizer, cfg.template, max_prompt=room)
+    specs = [spec for spec in cfg.eval_data.split(",") if spec]
+    held_out = [data.load(spec, tokenizer, cfg.template, cfg.eval_limit, max_prompt=room) for spec in specs]
+    return model_cfg, tokenizer, problems, {p.report.name: p for p in held_out}
+
+
+def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device, model_cfg, tokenizer, problems, held_out):
+    torch.manual_seed(cfg.seed)     # nothing below draws from it; a fork that does is reproducible
+    if not cfg.model and rank == 0:
+        base_model(Path(cfg.out), device)
+    dist.barrier()
+    folder = resolve(cfg.model) if cfg.model else base_model(Path(cfg.out), device)
+
+    with torch.device("meta"):
+        model = Model(model_cfg)
+    load_weights(model.to_empty(device="cpu"), folder)
+    model.to(device)
+    model.checkpoint_activations = cfg.checkpoint_activations
+    parameters = sum(p.numel() for p in model.parameters())
+    shard(model, device)
+    optimizer = make_optimizer(model, cfg)
+    context = cfg.max_new + max(len(p.prompt) for p in itertools.chain(problems, *held_out.values()))
+    stop_ids = data.stop_ids(tokenizer, model_cfg.eos_token_ids)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sampler = Sampler(model_cfg, cfg.slots, context, stop_ids, device, dtype)
+
+    # progress is all that a checkpoint needs beside weights and optimizer: random streams are functions of the step
+    progress, start, found = dict(cursor=0, totals={}, skipped=0, in_a_row=0), 0, checkpoints(run)
+    if found:
+        progress = load_checkpoint(found[-1], model, optimizer)
+        start = progress["step"]
+    stop, log = Stop(), report.Log(run, start, cfg, rank)
+    if rank == 0:
+        write_json(run / "config.json", dict(settings=asdict(cfg), versions=versions(), world_size=world))
+    log.say(report.header(cfg, run, model_cfg, parameters, problems, held_out, world, device, sampler))
+    if found:
+        log.say(f"resumed from {found[-1]}" + (": this run is complete" if start >= cfg.steps else f", step {start} of {cfg.steps}"))
+
+    def evaluate(step) -> dict[str, dict]:
+        """Summaries by set; those that are on disk are not computed again."""
+        scores = {}
+        for name, some in held_out.items():
+            path = run / "eval" / f"{name}-step{step}.json"
+            if gather(path.is_file())[0]:
+                scores[name] = gather(json.loads(path.read_text()) if path.is_file() else None)[0]
+                continue
+            sampling = Sampling(cfg.temperature)
+            scores[name], mine = eval.evaluate(
+                sampler, grader, tokenizer, some, cfg.eval_k, cfg.max_new, sampling, -1 - cfg.seed, rank, world
+            )
+            responses = sorted(itertools.chain(*gather(mine)), key=lambda r: (r["problem"], r["sample"]))
+            if rank == 0:
+                eval.save(run / "eval", path.stem, responses, scores[name] | {"template": cfg.template, "step": step})
+        return scores
+
+    def eval_metrics(scores):
+        return {f"eval/{name}/{key}": s[key] for name, s in scores.items() for key in ("avg_at_k", "pass_at_k")}
+
+    def draw_all(requests, groups):
+        return draw(requests, groups, cfg, sampler, grader, tokenizer, stop)
+
+    sampler.load(full_weights(model))
+    scores = evaluate(min(start, cfg.steps))
+    if start == 0:
+        log.metrics(0, eval_metrics(scores))
+    for step in range(start, cfg.steps):
+        clock = Clock(device)
+
+        # Sample and grade. The policy does not move until the update, so a signal in here costs only this step's rollouts.
+        sampler.begin(cfg.seed * 2**32 + step, Sampling(cfg.temperature))
+        groups, cursor, waited = collect(progress["cursor"], problems, cfg, rank, world, draw_all, stop)
+        clock.phase("rollout")
+        clock.parts["rollout"] -= waited
+        clock.parts["reward"] += waited
+        if any(gather(stop.asked)):
+            break
+
+        # Keep and weigh. Every rank gets the whole batch and takes its share of it: balanced whatever the groups' sizes.
+        batch, records = choose(groups, step, cfg)
+        log.rollouts(step + 1, groups, records, tokenizer, show=step % cfg.show_every == 0)
+        batch = sorted(itertools.chain(*gather(batch)), key=lambda x: x.place)      # stable: kept order within a group
+        records = sorted(itertools.chain(*gather(records)), key=lambda r: r["place"])
+        metrics = report.describe(records, model_cfg, cfg, progress["totals"])
+        clock.phase("other")
+
+        # Learn. A batch without a single kept rollout (all groups flat under grpo_skip, say) is no error: it is logged.
+        if batch:
+            lr = cfg.lr * min(1.0, (step + 1) / (cfg.warmup + 1))
+            metrics |= update(model, optimizer, batch, lr, cfg, rank, world, device)
+            skipped = metrics["optim/skipped"]
+            progress["skipped"] += skipped
+            progress["in_a_row"] = progress["in_a_row"] + skipped if skipped else 0
+            if progress["in_a_row"] >= 5:
+                raise RuntimeError(f"{progress['in_a_row']} updates in a row had a gradient that is not finite "
+                                   f"(the last norm: {metrics['optim/grad_norm']}); the last checkpoint is good")
+        metrics["optim/skipped_steps"] = progress["skipped"]
+        clock.phase("update")
+        sampler.load(full_weights(model))
+        clock.phase("sync")
+
+        progress["cursor"] = cursor
+        done = step + 1
+        if done % cfg.eval_every == 0 or done == cfg.steps:
+            scores = evaluate(done)
+            metrics |= eval_metrics(scores)
+        clock.phase("eval")
+        if done % cfg.save_every == 0 or done == cfg.steps:
+            save_checkpoint(run, done, progress, model, optimizer, rank)
+        clock.phase("save")
+        metrics |= clock.read()
+        log.step(done, metrics | report.speeds(metrics, device, world), scores)
+    log.close()
+
+    if stop.asked:
+        save_checkpoint(run, step, progress, model, optimizer, rank)
+        log.say(f"stopped by a signal at step {step} of {cfg.steps}; the same command goes on from there")
+    else:
+        export(run, model, model_cfg, tokenizer, rank)
+        if rank == 0:
+            log.say(f"{report.close_run(run, cfg)}\nwritten: {run}/model, curves.png, metrics.jsonl, rollouts.jsonl, eval/, tb/")
+
+
+def main(argv=None) -> int:
+    lead = os.environ.get("RANK", "0") == "0"
+    try:
+        cfg = parse(sys.argv[1:] if argv is None else argv)
+        run = open_run(cfg)
+        inputs = prepare(cfg)
+    except (ValueError, OSError) as error:
+        if lead:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    run.mkdir(parents=True, exist_ok=True)
+    grader = Grader(cfg.graders)        # its processes start before CUDA does
+    rank, world, device = start_ranks()
+    try:
+        train(cfg, run, grader, rank, world, device, *inputs)
+    finally:
+        grader.close()
+        dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
