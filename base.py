@@ -27,8 +27,8 @@ from model import Model, ModelConfig, save_folder
 RECIPE = dict(
     shape=dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1,
                max_position_embeddings=256, rope_theta=10000.0),
-    corpus=dict(levels=6, problems=9000, seeds=3, slip=0.1),
-    batch=64, steps=500, lr=3e-3, warmup=50, seed=0, version=1,
+    corpus=dict(levels=7, problems=9000, seeds=3, slip=0.25, from_step=620),
+    batch=64, steps=750, lr=3e-3, warmup=50, seed=0, version=1,
 )
 
 
@@ -40,7 +40,8 @@ def character_tokenizer() -> Qwen2Tokenizer:
     own rule; a byte-level vocabulary without merges, spelled in that alphabet, comes back the same from every loader.
     """
     spelled = {"\n": "\u010a", " ": "\u0120"}
-    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "\\boxed{", *(spelled.get(c, c) for c in ["\n", *map(chr, range(32, 127))])]
+    characters = ["\n", *map(chr, range(32, 127))]
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "\\boxed{", *(spelled.get(c, c) for c in characters)]
     tokenizer = Qwen2Tokenizer(
         vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token=None, eos_token=words[0], pad_token=words[0],
         additional_special_tokens=words[1:3], model_max_length=RECIPE["shape"]["max_position_embeddings"],
@@ -94,8 +95,8 @@ def base_model(out: Path, device) -> Path:
     for seed in range(corpus["seeds"]):
         for example in arithmetic(seed, corpus["problems"], (1, corpus["levels"])):
             prompt = tokenizer(example.text).input_ids
-            response = tokenizer(with_slips(example.solution, corpus["slip"], rng)).input_ids
-            encoded[example.level].append((prompt, [*response, *cfg.eos_token_ids]))
+            right, slipped = (tokenizer(with_slips(example.solution, rate, rng)).input_ids for rate in (0.0, corpus["slip"]))
+            encoded[example.level].append((prompt, [*right, *cfg.eos_token_ids], [*slipped, *cfg.eos_token_ids]))
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["lr"], betas=(0.9, 0.98), weight_decay=0.01)
     bar, begun = tqdm(range(steps), desc="base model (once)", unit="step", mininterval=1.0), time.time()
@@ -106,7 +107,8 @@ def base_model(out: Path, device) -> Path:
         hardest = min(corpus["levels"], 2 + round((corpus["levels"] - 2) * step / (steps / 2)))
         ids, rows, lengths = [], [], []
         for _ in range(RECIPE["batch"]):        # the row before a response token predicts it
-            prompt, response = rng.choice(encoded[rng.randint(1, hardest)])
+            prompt, right, slipped = rng.choice(encoded[rng.randint(1, hardest)])
+            response = right if step < corpus["from_step"] else slipped
             rows += range(len(ids) + len(prompt) - 1, len(ids) + len(prompt) + len(response) - 1)
             ids += prompt + response
             lengths.append(len(prompt) + len(response))
@@ -120,7 +122,8 @@ def base_model(out: Path, device) -> Path:
         optimizer.zero_grad()
         if step % 10 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    print(f"base model: {sum(p.numel() for p in model.parameters()):,} parameters, {sum(map(len, encoded.values())):,} worked solutions, "
+    parameters, solutions = sum(p.numel() for p in model.parameters()), sum(map(len, encoded.values()))
+    print(f"base model: {parameters:,} parameters, {solutions:,} worked solutions, "
           f"loss {loss.item():.3f} per token, {time.time() - begun:.0f} s -> {folder}")
 
     partial = out / f"base-{digest}.tmp"

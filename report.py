@@ -105,8 +105,8 @@ def header(cfg, run, model_cfg, parameters, problems, held_out, world, device, s
         f"problems  {problems.report}",
         f"          template {cfg.template}, evaluated on {sets}, {cfg.eval_k} responses each",
         f"device    {world} x {gpu}; attention by {attention}",
-        f"memory    {parameters * 12 / world / 2**30:.2f} GiB of weights and optimizer and {cache:.2f} GiB of KV cache per rank, "
-        f"{cfg.slots} slots of {sampler.context} tokens",
+        f"memory    per rank {parameters * 12 / world / 2**30:.2f} GiB of weights and optimizer, {cache:.2f} GiB of KV cache "
+        f"({cfg.slots} slots of {sampler.context} tokens)",
     ])
 
 
@@ -125,7 +125,7 @@ class Log:
         if rank == 0:
             for name in ("metrics.jsonl", "rollouts.jsonl"):
                 keep_rows_until(run / name, start)
-            self.files = {name: open(run / name, "a", buffering=1) for name in ("metrics.jsonl", "rollouts.jsonl")}
+            self.rows, self.samples = (open(run / name, "a", buffering=1) for name in ("metrics.jsonl", "rollouts.jsonl"))  # noqa: SIM115
             self.board = SummaryWriter(run / "tb", purge_step=start + 1)
         hidden = rank > 0 or not self.tty or start >= cfg.steps
         self.bar = tqdm(total=cfg.steps, initial=start, unit="step", disable=hidden, dynamic_ncols=True)
@@ -143,7 +143,7 @@ class Log:
             else:
                 self.board.add_scalar(name, value, step)
         row = {"step": step} | {k: v.item() if isinstance(v, np.generic) else v for k, v in metrics.items()}
-        self.files["metrics.jsonl"].write(json.dumps(row) + "\n")
+        self.rows.write(json.dumps(row) + "\n")
 
     def step(self, step: int, metrics: dict, scores: dict) -> None:
         self.metrics(step, metrics)
@@ -172,7 +172,7 @@ class Log:
                 extracted=verdict.extracted, rule=verdict.rule, score=r["rewards"][i], reason=verdict.reason,
                 truncated=rollout.truncated, kept=i in advantage, advantage=advantage.get(i),
             )
-            self.files["rollouts.jsonl"].write(json.dumps(row) + "\n")
+            self.samples.write(json.dumps(row) + "\n")
             if i == 0:
                 text = f"{prompt}\n{row['response']}"
                 self.board.add_text("rollout", f"    {text}".replace("\n", "\n    "), step)
@@ -184,8 +184,8 @@ class Log:
         self.bar.close()
         if self.rank == 0:
             self.board.close()
-            for file in self.files.values():
-                file.close()
+            self.rows.close()
+            self.samples.close()
 
 
 def speeds(metrics: dict, device, world: int) -> dict:
@@ -277,15 +277,16 @@ def curves(folders: list[Path], png: Path) -> None:
     for (label, runs), colour in zip(settings.items(), COLOURS * 9):
         score = next((k for row in runs[0] for k in row if k.startswith("eval/") and k.endswith("/avg_at_k")), None)
         steps = [{row["step"]: row["step"] for row in rows} for rows in runs]
-        spent = [running(rows, lambda row: row.get("compute/rollout_flops", 0) + row.get("compute/train_flops", 0)) for rows in runs]
-        clock = [running(rows, lambda row: row.get("time/step", 0) - row.get("time/eval", 0)) for rows in runs]
+        spent = [running(rows, {"compute/rollout_flops": 1, "compute/train_flops": 1}) for rows in runs]
+        clock = [running(rows, {"time/step": 1, "time/eval": -1}) for rows in runs]
         for axis, xs in zip(axes[0], (steps, spent, clock)):
             if score:
                 band(axis, xs, [series(rows, score) for rows in runs], colour, label, marker="o", markersize=4)
                 axis.set_ylabel(score.removeprefix("eval/").replace("/avg_at_k", ", avg@k"))
         band(axes[1, 0], steps, [smooth(series(rows, "reward/mean")) for rows in runs], colour, label)
         for key, style in (("rollout/drawn", "-"), ("rollout/trained", "--")):
-            band(axes[1, 1], steps, [smooth(series(rows, key)) for rows in runs], colour, f"{label}, {key[8:]}", linestyle=style)
+            text = key.removeprefix("rollout/")
+            band(axes[1, 1], steps, [smooth(series(rows, key)) for rows in runs], colour, f"{label}, {text}", linestyle=style)
         for key, style in (("group/all_wrong_frac", "-"), ("group/all_right_frac", "--")):
             text = key[6:-5].replace("_", " ")
             band(axes[1, 2], steps, [smooth(series(rows, key)) for rows in runs], colour, f"{label}, {text}", linestyle=style)
@@ -303,9 +304,10 @@ def curves(folders: list[Path], png: Path) -> None:
     plt.close(figure)
 
 
-def running(rows: list[dict], value) -> dict[int, float]:
-    """Sum over steps up to each step."""
-    return dict(zip([row["step"] for row in rows], np.cumsum([value(row) for row in rows]).tolist()))
+def running(rows: list[dict], signs: dict[str, int]) -> dict[int, float]:
+    """{step: sum over the steps so far of sign x key}."""
+    values = [sum(sign * row.get(key, 0) for key, sign in signs.items()) for row in rows]
+    return dict(zip([row["step"] for row in rows], np.cumsum(values).tolist()))
 
 
 if __name__ == "__main__":

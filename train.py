@@ -61,8 +61,8 @@ class Config(aero.Settings):
 
     # model and data
     model: str = knob("", "model folder or hub name; empty: the embedded base model, trained at first start")
-    data: str = knob("arithmetic:train:8000:1-6", "problems to train on: a file, a hub name, or the built-in task (see data.py)")
-    eval_data: str = knob("arithmetic:heldout:192:1-6", "comma-separated problems to evaluate on; empty: none")
+    data: str = knob("arithmetic:train:8000:1-7", "problems to train on: a file, a hub name, the built-in task (see data.py)")
+    eval_data: str = knob("arithmetic:heldout:196:1-7", "comma-separated problems to evaluate on; empty: none")
     template: str = knob("none", "prompt template: qwen_math, r1, none, chat, or a file or text with {question}")
     # sampling
     problems: int = knob(32, "problems per step, over all ranks")
@@ -108,8 +108,8 @@ class Config(aero.Settings):
 
 # What --model changes, unless a flag says otherwise: Qwen2.5-Math-1.5B on MATH with a context of 4096.
 PRETRAINED = dict(
-    data="math", eval_data="math500", template="qwen_math", problems=128, max_new=3072, slots=256, graders=4, steps=400, lr=1e-6,
-    warmup=10, micro_tokens=32768, eval_every=20, eval_k=4, save_every=20, show_every=5,
+    data="math", eval_data="math500", template="qwen_math", problems=128, max_new=3072, slots=256, graders=4, steps=400,
+    lr=1e-6, warmup=10, micro_tokens=32768, eval_every=20, eval_k=4, save_every=20, show_every=5,
 )
 
 
@@ -316,6 +316,16 @@ def shard(model: Model, device) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)     # gloo and NCCL alike: no pre-multiplied sum
+
+
+def make_learner(model_cfg, cfg, device, fill) -> tuple[Model, torch.optim.AdamW]:
+    """fp32 master weights, written by fill(model) before they are sharded, and their optimizer."""
+    with torch.device("meta"):
+        model = Model(model_cfg)
+    fill(model.to_empty(device=device))
+    model.checkpoint_activations = cfg.checkpoint_activations
+    shard(model, device)
+    return model, make_optimizer(model, cfg)
 
 
 def make_optimizer(model, cfg) -> torch.optim.AdamW:
@@ -564,14 +574,8 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
     dist.barrier()
     folder = resolve(cfg.model) if cfg.model else base_model(Path(cfg.out), device)
 
-    with torch.device("meta"):
-        model = Model(model_cfg)
-    load_weights(model.to_empty(device="cpu"), folder)
-    model.to(device)
-    model.checkpoint_activations = cfg.checkpoint_activations
+    model, optimizer = make_learner(model_cfg, cfg, device, lambda model: load_weights(model, folder))
     parameters = sum(p.numel() for p in model.parameters())
-    shard(model, device)
-    optimizer = make_optimizer(model, cfg)
     context = cfg.max_new + max(len(p.prompt) for p in itertools.chain(problems, *held_out.values()))
     stop_ids = data.stop_ids(tokenizer, model_cfg.eos_token_ids)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -587,7 +591,7 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
         write_json(run / "config.json", dict(settings=asdict(cfg), versions=versions(), world_size=world))
     log.say(report.header(cfg, run, model_cfg, parameters, problems, held_out, world, device, sampler))
     if found:
-        log.say(f"resumed from {found[-1]}" + (": this run is complete" if start >= cfg.steps else f", step {start} of {cfg.steps}"))
+        log.say(f"resumed from {found[-1]}: step {start} of {cfg.steps}" + ", complete" * (start >= cfg.steps))
 
     def evaluate(step) -> dict[str, dict]:
         """Summaries by set; those that are on disk are not computed again."""
@@ -670,7 +674,8 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
     else:
         export(run, model, model_cfg, tokenizer, rank)
         if rank == 0:
-            log.say(f"{report.close_run(run, cfg)}\nwritten: {run}/model, curves.png, metrics.jsonl, rollouts.jsonl, eval/, tb/")
+            log.say(report.close_run(run, cfg))
+            log.say(f"written: {run}/model, curves.png, metrics.jsonl, rollouts.jsonl, eval/, tb/")
 
 
 def main(argv=None) -> int:

@@ -1,0 +1,246 @@
+"""
+How fast, against which ceiling: random weights of a real shape, every rollout runs to --new tokens.
+
+    python bench.py sampler --shape qwen2.5-math-1.5b --prompts 32 --n 16 --prompt_len 128 --new 512
+    python bench.py learner --shape qwen2.5-math-1.5b --prompts 32 --n 8 --prompt_len 128 --new 512
+    python bench.py step    --shape qwen2.5-math-1.5b --algo aero --prompts 16 --prompt_len 128 --new 512
+    torchrun --nproc_per_node 2 bench.py step ...
+
+`step` is a whole training step (draw, choose, update, sync) with simulated verdicts: a third of the problems is never right,
+the success rates of the others are uniform. The last line is one JSON object with the figure, the ceiling that follows from
+the copy bandwidth and the bf16 matrix rate measured in the same process, their ratio, and peak memory.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import HfArgumentParser
+
+import aero
+import report
+import train
+from aero import knob
+from data import Problem
+from model import Model, ModelConfig, forward_flops
+from reward import Verdict
+from rollout import Request, Sampler, Sampling
+
+LLAMA = dict(model_type="llama", rms_norm_eps=1e-5, rope_theta=5e5, tie_word_embeddings=False)
+QWEN = dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False)
+SHAPES = {
+    "tiny": dict(QWEN, vocab_size=100, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3,
+                 num_key_value_heads=1, max_position_embeddings=4096, tie_word_embeddings=True),
+    "qwen2.5-math-1.5b": dict(QWEN, vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
+                              num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=4096,
+                              tie_word_embeddings=True),
+    "qwen2.5-7b": dict(QWEN, vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                       num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=32768),
+    "llama-3.1-8b": dict(LLAMA, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768),
+}
+
+
+@dataclass
+class Bench(train.Config):
+    shape: str = knob("tiny", f"one of {' '.join(SHAPES)}")
+    prompts: int = knob(16, "different prompts")
+    n: int = knob(16, "rollouts of each (sampler, learner)")
+    prompt_len: int = knob(128, "tokens of a prompt")
+    new: int = knob(512, "tokens of every response")
+    repeats: int = knob(2, "timed repetitions after one warm-up; the median is reported")
+
+
+def ceilings(device) -> tuple[float, float]:
+    """(bytes per second of a copy, read + write; FLOP/s of a matrix product of random numbers in the compute dtype)."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn(2**28 if device.type == "cuda" else 2**24, device=device)
+    target = torch.empty_like(source)
+    copy = min(timed(lambda: target.copy_(source), device) for _ in range(10))
+    product = sorted(timed(lambda: a @ b, device) for _ in range(20))[10]
+    return 2 * source.numel() * 4 / copy, 2 * size**3 / product
+
+
+def timed(action, device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def median_of(action, device, repeats: int) -> float:
+    action()
+    return float(np.median([timed(action, device) for _ in range(repeats)]))
+
+
+class FullLength(Sampler):
+    """Without stop ids every rollout runs to its max_new, and that is its length, not a truncation."""
+
+    def step(self):
+        finished = super().step()
+        for rollout in finished:
+            rollout.truncated = False
+        return finished
+
+
+def random_sampler(cfg, model_cfg, device) -> Sampler:
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    sampler = FullLength(model_cfg, min(cfg.slots, cfg.prompts * cfg.n), cfg.prompt_len + cfg.new, (), device, dtype)
+    sampler.model.init_weights()
+    return sampler
+
+
+def random_prompts(cfg, model_cfg, count: int) -> list[tuple[int, ...]]:
+    rng = np.random.default_rng(0)
+    return [tuple(rng.integers(0, model_cfg.vocab_size, cfg.prompt_len).tolist()) for _ in range(count)]
+
+
+def bench_sampler(cfg, model_cfg, device, bandwidth, rate) -> dict:
+    sampler, prompts = random_sampler(cfg, model_cfg, device), random_prompts(cfg, model_cfg, cfg.prompts)
+
+    def drain():
+        sampler.prompt_kv.clear()
+        sampler.begin(0, Sampling(cfg.temperature))
+        sampler.add(Request(p, i, prompt, cfg.new) for p, prompt in enumerate(prompts) for i in range(cfg.n))
+        while sampler.busy:
+            sampler.step()
+
+    seconds = median_of(drain, device, cfg.repeats)
+    # One step of all slots at the mean context: weights are read or multiplied, whichever takes longer, and all keys are read.
+    rows, context = sampler.slots, cfg.prompt_len + cfg.new / 2
+    bytes_per_weight = next(sampler.model.parameters()).element_size()
+    weights = sum(p.numel() for p in sampler.model.parameters()) * bytes_per_weight
+    keys = 2 * model_cfg.num_hidden_layers * model_cfg.num_key_value_heads * model_cfg.head_dim * bytes_per_weight
+    step = max(weights / bandwidth, forward_flops(model_cfg, rows, 0) / rate) + rows * context * keys / bandwidth
+    return dict(figure="tokens_per_s", measured=cfg.prompts * cfg.n * cfg.new / seconds, ceiling=rows / step, seconds=seconds)
+
+
+def random_batch(cfg, model_cfg) -> list[train.Trained]:
+    rng, batch = np.random.default_rng(1), []
+    for place, prompt in enumerate(random_prompts(cfg, model_cfg, cfg.prompts)):
+        for i in range(cfg.n):
+            tokens = rng.integers(0, model_cfg.vocab_size, cfg.new).tolist()
+            batch.append(train.Trained(place, prompt, tokens, [-1.0] * cfg.new, 1.0 if i % 2 else -1.0))
+    return batch
+
+
+def bench_learner(cfg, model_cfg, device, bandwidth, rate) -> dict:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model, optimizer = train.make_learner(model_cfg, cfg, device, Model.init_weights)
+    batch = random_batch(cfg, model_cfg)
+    seconds = median_of(lambda: train.update(model, optimizer, batch, cfg.lr, cfg, rank, world, device), device, cfg.repeats)
+    tokens = len(batch) * (cfg.prompt_len + cfg.new)
+    flops = 3 * len(batch) * report.causal_flops(model_cfg, 0, [cfg.prompt_len + cfg.new])
+    return dict(figure="tokens_per_s", measured=tokens / seconds, ceiling=rate * world / (flops / tokens), seconds=seconds,
+                flops_per_s=flops / seconds / world, mfu=flops / seconds / world / 989e12)
+
+
+class SimulatedGrader:
+    """Verdicts by a coin whose bias is the problem's, the same whatever the order: what `step` needs of reward.Grader."""
+
+    def __init__(self, seed: int, count: int):
+        rng = np.random.default_rng(seed)
+        self.seed, self.done = seed, []
+        self.rate = np.where(rng.random(count) < 1 / 3, 0.0, rng.random(count))
+
+    pending = property(lambda self: len(self.done))
+
+    def submit(self, key, response, gold):
+        place, index = key
+        right = np.random.default_rng([self.seed, place, index]).random() < self.rate[place]
+        self.done.append((key, Verdict(float(right), None, "simulated", "equal:simulated" if right else "wrong")))
+
+    def poll(self):
+        done, self.done = self.done, []
+        return done
+
+    def wait(self, timeout_s):
+        return self.poll()
+
+
+class NoTokenizer:
+    """Random tokens have no text."""
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return ""
+
+
+class NeverStop:
+    asked = False
+
+
+def bench_step(cfg, model_cfg, device, bandwidth, rate) -> dict:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    cfg.problems, cfg.max_new, cfg.n = cfg.prompts, cfg.new, cfg.n_total
+    sampler = random_sampler(cfg, model_cfg, device)
+    model, optimizer = train.make_learner(model_cfg, cfg, device, Model.init_weights)
+    prompts = random_prompts(cfg, model_cfg, cfg.prompts)
+    problems = [Problem(i, prompt, "0", "", "") for i, prompt in enumerate(prompts)]
+    times, totals = [], {}
+    for step in range(cfg.repeats + 1):
+        clock, grader = train.Clock(device), SimulatedGrader(step, 64 * cfg.prompts)
+        sampler.load(train.full_weights(model))
+        clock.phase("sync")
+        sampler.begin(step, Sampling(cfg.temperature))
+
+        def draw_all(requests, groups, grader=grader):
+            return train.draw(requests, groups, cfg, sampler, grader, NoTokenizer(), NeverStop())
+
+        groups, _, _ = train.collect(0, problems, cfg, rank, world, draw_all, NeverStop())
+        clock.phase("rollout")
+        batch, records = train.choose(groups, step, cfg)
+        batch = sorted((x for part in train.gather(batch) for x in part), key=lambda x: x.place)
+        records = sorted((r for part in train.gather(records) for r in part), key=lambda r: r["place"])
+        metrics = report.describe(records, model_cfg, cfg, totals)
+        clock.phase("other")
+        metrics |= train.update(model, optimizer, batch, cfg.lr, cfg, rank, world, device) if batch else {}
+        clock.phase("update")
+        times.append(clock.read() | {k: metrics[k] for k in ("rollout/drawn", "rollout/kept", "compute/rollout_flops",
+                                                             "compute/train_flops", "mismatch/kl", "mismatch/max_abs")})
+    last = {key: float(np.median([t[key] for t in times[1:]])) for key in times[0] if key != "time/eval"}
+    floor = (last["compute/rollout_flops"] + last["compute/train_flops"]) / rate / world
+    last["saved_frac"] = metrics["compute/saved_frac"]
+    return dict(figure="steps_per_s", measured=1 / last["time/step"], ceiling=1 / floor) | last
+
+
+def main() -> int:
+    modes = {"sampler": bench_sampler, "learner": bench_learner, "step": bench_step}
+    if len(sys.argv) < 2 or sys.argv[1] not in modes:
+        print(f"error: found {' '.join(sys.argv[1:2]) or 'nothing'}, wanted one of {' '.join(modes)}", file=sys.stderr)
+        return 2
+    parser = HfArgumentParser(Bench, allow_abbrev=False)
+    first, _ = parser.parse_known_args(sys.argv[2:])
+    try:
+        if first.shape not in SHAPES:
+            raise ValueError(f"--shape {first.shape}: wanted one of {' '.join(SHAPES)}")
+        aero.need_known(first.algo)
+        parser.set_defaults(**aero.ALGORITHMS[first.algo].defaults)
+        (cfg,) = parser.parse_args_into_dataclasses(sys.argv[2:])
+        cfg.check()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    model_cfg = ModelConfig.from_dict(SHAPES[cfg.shape])
+    rank, world, device = train.start_ranks()
+    bandwidth, rate = ceilings(device)
+    result = modes[sys.argv[1]](cfg, model_cfg, device, bandwidth, rate)
+    result |= dict(ratio=result["measured"] / result["ceiling"], bench=sys.argv[1], shape=cfg.shape, algo=cfg.algo, world=world,
+                   prompts=cfg.prompts, n=cfg.n, prompt_len=cfg.prompt_len, new=cfg.new, bandwidth=bandwidth, matrix_rate=rate)
+    if device.type == "cuda":
+        result |= dict(peak_mem_gib=torch.cuda.max_memory_allocated() / 2**30, device=torch.cuda.get_device_name())
+    if rank == 0:
+        print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}))
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
