@@ -87,12 +87,16 @@ class Settings:
         need(self.refill_cap >= 0, f"--refill_cap {self.refill_cap}: wanted 0 or more")
         need(0 < self.clip_low < 1 and self.clip_high > 0,
              f"--clip_low {self.clip_low} --clip_high {self.clip_high}: wanted 0 < clip_low < 1 and clip_high > 0")
+        if self.algo not in ("aero", "sign"):
+            need(self.n_total >= 2, f"--n_total {self.n_total}: {self.algo} wanted 2 or more, a group of one has no baseline")
         if self.algo in ("aero", "reinforce_ada"):
             need(self.n_explore <= self.n_total, f"--n_explore {self.n_explore} is larger than --n_total {self.n_total}")
-        if self.algo == "pods":
-            need(self.n_keep <= self.n_total, f"--n_keep {self.n_keep} is larger than --n_total {self.n_total}")
+        if self.algo in ("pods", "reinforce_ada"):
+            need(2 <= self.n_keep <= self.n_total, f"--n_keep {self.n_keep}: wanted 2 to --n_total {self.n_total}")
+        if self.algo == "reinforce_ada":
+            need(self.n_keep % 2 == 0, f"--n_keep {self.n_keep}: wanted an even number, half right and half wrong")
         if self.algo == "mc_grpo":
-            need(self.n_total % 2 == 1, f"--n_total {self.n_total}: mc_grpo wants an odd group, so that its median is a rollout")
+            need(self.n_total % 2 == 1, f"--n_total {self.n_total}: wanted an odd number, so that the median is a rollout")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -100,7 +104,7 @@ class Settings:
 
 def is_flat(r) -> bool:
     """All rewards equal, by comparison: a standard deviation of rounding error is not zero, equal rewards are equal."""
-    return bool(np.all(r == r[0]))
+    return bool((r == r[:1]).all())     # true of no rewards at all
 
 
 def standardise(r, stats) -> np.ndarray:
@@ -134,8 +138,8 @@ def unsolved(r, s) -> bool:
 
 
 def aero_more(r, s) -> int:
-    """Strategy 1."""
-    return min(s.n_extra, s.n_total - len(r)) if s.rescue and unsolved(r, s) else 0
+    """Strategy 1. Under `pool` too: up to n_total a problem spends its own share of the pool, and `deal` the rest."""
+    return max(0, min(s.n_extra, s.n_total - len(r))) if s.rescue and unsolved(r, s) else 0
 
 
 def aero_keep(r, s, rng) -> np.ndarray:
@@ -191,7 +195,7 @@ def centred_on_median(r, kept, s) -> np.ndarray:
 
 
 def signs(r, kept, s) -> np.ndarray:
-    """No group statistics: the control for 'any signal on flat groups'."""
+    """No group statistics: the control for 'any signal on flat groups' (2605.07689)."""
     return 2 * r[kept] - 1
 
 
@@ -201,11 +205,14 @@ def over_mean(r, kept, s) -> np.ndarray:
 
 def pods_keep(r, s, rng) -> np.ndarray:
     """The n_keep rollouts whose rewards vary most: some from the top and the rest from the bottom (2504.13818, theorem 1)."""
-    shuffled = rng.permutation(len(r))                                # ties are broken uniformly
+    shuffled = rng.permutation(len(r))                                # equal rewards, equal chances
     order = shuffled[np.argsort(r[shuffled], kind="stable")]
     m = min(s.n_keep, len(r))
-    splits = [np.concatenate([order[: m - top], order[len(r) - top :]]) for top in range(m + 1)]
-    return np.sort(max(splits, key=lambda kept: r[kept].var()))
+    i, top = np.arange(m), np.arange(m + 1)[:, None]
+    split = order[np.where(i < m - top, i, i + len(r) - m)]           # (m + 1, m): row `top` has that many from the top
+    var = r[split].var(axis=1)
+    best = np.flatnonzero(var >= var.max() * (1 - 1e-9))              # equal splits as well, whatever rounding says
+    return np.sort(split[rng.choice(best)])
 
 
 def ada_more(r, s) -> int:
@@ -226,8 +233,7 @@ def ada_keep(r, s, rng) -> np.ndarray:
 
 def median_keep(r, s, rng) -> np.ndarray:
     """All but the one rollout that is the median of the odd group: its advantage is zero (2601.22582)."""
-    pivot = sample(np.flatnonzero(r == np.median(r)), 1, rng)
-    return np.setdiff1d(everything(r), pivot)
+    return np.delete(everything(r), rng.choice(np.flatnonzero(r == np.median(r))))
 
 
 class Algorithm(NamedTuple):
@@ -235,27 +241,29 @@ class Algorithm(NamedTuple):
     more: Callable
     keep: Callable
     advantage: Callable
+    rewards: str            # which it has a meaning for; others are refused, see ALLOWED
     defaults: dict          # published settings that differ from Settings
-    binary: bool = False    # rewards other than 0 and 1 are refused
     refill: bool = False    # flat groups are replaced by fresh problems
 
 
 ALGORITHMS = {
-    #                          first       more       keep         advantage          published defaults
-    "aero": Algorithm(         aero_first, aero_more, aero_keep,   aero_advantage,    {}, binary=True),
-    "grpo": Algorithm(         draw_total, draw_once, keep_all,    zscore_kept,       {}),                        # 2402.03300
-    "grpo_skip": Algorithm(    draw_total, draw_once, keep_mixed,  zscore_kept,       {"n_total": 8}),
-    "drgrpo": Algorithm(       draw_total, draw_once, keep_all,    centred_on_drawn,                              # 2503.20783
-                               {"n_total": 8, "loss_norm": "constant"}),
-    "dapo": Algorithm(         draw_total, draw_once, keep_mixed,  zscore_kept,                                   # 2503.14476
-                               {"clip_high": 0.28, "loss_norm": "token"}, refill=True),
-    "pods": Algorithm(         draw_total, draw_once, pods_keep,   zscore_kept,       {"n_total": 64, "n_keep": 16}),
-    "reinforce_ada": Algorithm(aero_first, ada_more,  ada_keep,    centred_on_drawn,
-                               {"n_explore": 8, "n_extra": 8, "n_total": 32, "n_keep": 4}, binary=True),
-    "mc_grpo": Algorithm(      draw_total, draw_once, median_keep, centred_on_median, {"n_total": 9}),
-    "sign": Algorithm(         draw_total, draw_once, keep_all,    signs,             {"n_total": 8}, binary=True), # 2605.07689
-    "maxrl": Algorithm(        draw_total, draw_once, keep_all,    over_mean,         {}),                        # 2602.02710
+    #                          first       more       keep         advantage          rewards      published defaults
+    "aero": Algorithm(         aero_first, aero_more, aero_keep,   aero_advantage,    "0 or 1",    {}),  # 2602.14338
+    "grpo": Algorithm(         draw_total, draw_once, keep_all,    zscore_kept,       "finite",    {}),  # 2402.03300
+    "grpo_skip": Algorithm(    draw_total, draw_once, keep_mixed,  zscore_kept,       "finite",    {"n_total": 8}),
+    "drgrpo": Algorithm(       draw_total, draw_once, keep_all,    centred_on_drawn,  "finite",
+                               {"n_total": 8, "loss_norm": "constant"}),  # 2503.20783
+    "dapo": Algorithm(         draw_total, draw_once, keep_mixed,  zscore_kept,       "finite",
+                               {"clip_high": 0.28, "loss_norm": "token"}, refill=True),  # 2503.14476
+    "pods": Algorithm(         draw_total, draw_once, pods_keep,   zscore_kept,       "finite",
+                               {"n_total": 64, "n_keep": 16}),  # 2504.13818
+    "reinforce_ada": Algorithm(aero_first, ada_more,  ada_keep,    centred_on_drawn,  "0 or 1",
+                               {"n_explore": 8, "n_extra": 8, "n_total": 32, "n_keep": 4}),  # 2510.04996
+    "mc_grpo": Algorithm(      draw_total, draw_once, median_keep, centred_on_median, "finite",    {"n_total": 9}),
+    "sign": Algorithm(         draw_total, draw_once, keep_all,    signs,             "0 or 1",    {"n_total": 8}),
+    "maxrl": Algorithm(        draw_total, draw_once, keep_all,    over_mean,         "0 or more", {}),  # 2602.02710
 }
+ALLOWED = {"finite": np.isfinite, "0 or 1": lambda r: (r == 0) | (r == 1), "0 or more": lambda r: np.isfinite(r) & (r >= 0)}
 
 
 def need_known(algo: str):
@@ -269,10 +277,10 @@ class Chosen(NamedTuple):
 
 
 def choose(rewards, s, rng) -> Chosen:
-    """What to train on of one complete group. ValueError if the algorithm wants binary rewards and these are not."""
+    """What to train on of one complete group. ValueError for rewards that the algorithm has no meaning for."""
     r, algo = np.asarray(rewards, dtype=np.float64), ALGORITHMS[s.algo]
-    if algo.binary and not np.all((r == 0) | (r == 1)):
-        raise ValueError(f"--algo {s.algo} counts right and wrong rollouts: rewards must be 0 or 1, found {sorted(set(r))}")
+    if not (known := ALLOWED[algo.rewards](r)).all():
+        raise ValueError(f"--algo {s.algo}: wanted rewards that are {algo.rewards}, found {r[~known][0]:g}")
     kept = algo.keep(r, s, rng)
     return Chosen(kept, algo.advantage(r, kept, s))
 

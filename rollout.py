@@ -29,6 +29,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
+
 from model import Model, ModelConfig
 
 
@@ -142,7 +143,8 @@ class Sampler:
         if slots < 1:
             raise ValueError(f"sampler: wanted 1 slot or more, found {slots}")
         if not 2 <= context <= cfg.max_position_embeddings:
-            raise ValueError(f"sampler: wanted a context of 2 to {cfg.max_position_embeddings} tokens (the model's), found {context}")
+            raise ValueError(f"sampler: wanted a context of 2 to {cfg.max_position_embeddings} tokens (the model's), "
+                             f"found {context}")
         self.device, self.slots, self.context = torch.device(device), slots, context
         self.eos_ids = frozenset(eos_ids)
         with self.device:
@@ -226,8 +228,9 @@ class Sampler:
             self.input_B[a], self.length_B[a], self.drawn_B[a] = request.prompt[-1], P - 1, 0
             self.key_B[a] = stream_key(self.seed, request.problem, request.index)
             self.active.append((request, Rollout(request.problem, request.index, request.prompt)))
-        # A group's later rounds find their prompt here, up to a quarter of the cache's size; the longest unused go first.
-        while sum(map(len, self.prompt_kv)) > self.slots * self.context // 4:
+        # A group's later rounds find their prompt here, up to a quarter of the cache's size; the longest unused go first,
+        # the newest never: with few slots the rest of its group may still be waiting.
+        while len(self.prompt_kv) > 1 and sum(map(len, self.prompt_kv)) > self.slots * self.context // 4:
             self.prompt_kv.popitem(last=False)
 
     def _prefill(self, prompts: list[tuple[int, ...]]) -> None:

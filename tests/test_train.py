@@ -1,0 +1,862 @@
+"""
+train.py: settings and bad input, packing and the loss in the process of the tests, and whole runs in processes of their
+own: resumed, killed, stopped, on two ranks. A fork server imports everything once, so that a run costs what it computes.
+"""
+
+import ast
+import dataclasses
+import doctest
+import functools
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import aero
+import base
+import report
+import train
+from model import Model, ModelConfig, load_weights
+from train import Config, Trained, pack, packed, parse, update
+
+ROOT = Path(train.__file__).parent
+NAN = float("nan")
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["test_train"])
+
+
+def one_rank(argv, environment, output, hook):
+    """What a process of a run does: `hook` first, to arrange an accident."""
+    with open(output, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    if hook:
+        hook()
+    sys.exit(train.main(argv))
+
+
+class Run:
+    """`python train.py` with these flags, or so many ranks of it; wait() gives the exit code of rank 0."""
+
+    def __init__(self, folder, flags, ranks=1, hook=None):
+        self.folder, self.output = Path(folder), Path(f"{folder}.txt")
+        argv = [str(f) for f in ("--out", self.folder.parent, "--name", self.folder.name, *flags)]
+        with socket.socket() as s:
+            s.bind(("", 0))
+            port = s.getsockname()[1]
+        self.ranks = []
+        for rank in range(ranks):
+            where = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            environment = {k: str(v) for k, v in where.items()} if ranks > 1 else {}
+            process = SERVER.Process(target=one_rank, args=(argv, environment, self.output, hook))
+            process.start()
+            self.ranks.append(process)
+
+    def wait(self, seconds=90):
+        end = time.monotonic() + seconds
+        for process in self.ranks:
+            process.join(max(0.0, end - time.monotonic()))
+        hung = [rank for rank, process in enumerate(self.ranks) if process.is_alive()]
+        for process in self.ranks:
+            process.kill()
+        assert not hung, f"ranks {hung} still run after {seconds} s:\n{self.text}"
+        return self.ranks[0].exitcode
+
+    @property
+    def text(self):
+        return self.output.read_text()
+
+    @property
+    def rows(self):
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def checkpoints(self):
+        return sorted(p.name for p in (self.folder / "checkpoints").iterdir())
+
+
+def finished(folder, flags, ranks=1, hook=None) -> Run:
+    run = Run(folder, flags, ranks, hook)
+    code = run.wait()
+    assert code == 0, run.text
+    return run
+
+
+@pytest.fixture(scope="module")
+def flags(student):
+    """A run of four steps in about a second."""
+    return [
+        "--model", student.model, "--data", student.data, "--eval_data", student.held, "--template", "none", "--problems", 6,
+        "--max_new", 20, "--slots", 16, "--graders", 1, "--steps", 4, "--lr", 1e-3, "--warmup", 1, "--micro_tokens", 200,
+        "--eval_every", 2, "--eval_k", 2, "--eval_limit", 4, "--save_every", 2, "--n_explore", 4, "--n_total", 8, "--n_same", 2,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("out")
+
+
+@pytest.fixture(scope="module")
+def reference(out, flags):
+    """An uninterrupted run on one rank."""
+    return finished(out / "reference", flags)
+
+
+def without_clocks(rows):
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
+
+
+def same_run(run, wanted):
+    """Bit for bit: metrics but for clocks, samples, evaluations, the model."""
+    assert without_clocks(run.rows) == without_clocks(wanted.rows)
+    for name in ("rollouts.jsonl", "model/model.safetensors", "eval/held-step4.json", "eval/held-step4.jsonl"):
+        assert (run.folder / name).read_bytes() == (wanted.folder / name).read_bytes(), name
+    assert run.checkpoints[-1] == wanted.checkpoints[-1]
+
+
+# --------------------------------------------------------------------------------------------------------- settings
+
+
+def test_defaults():
+    cfg = parse([])
+    assert cfg == Config(name="tiny-aero-s0")
+    assert parse(["--seed", "3", "--algo", "grpo"]).name == "tiny-grpo-s3"
+
+
+def test_a_flag_beats_a_file_beats_the_algorithm_beats_pretrained_beats_config(tmp_path):
+    file = tmp_path / "settings.json"
+    file.write_text(json.dumps(dict(model="a/b", algo="dapo", lr=3e-6, clip_high=0.4, rescue=False)))
+    plain = parse(["--model", "a/b"])
+    assert (plain.lr, plain.clip_high, plain.loss_norm, plain.rescue, plain.data) == (1e-6, 0.2, "prompt", True, "math")
+    assert parse(["--algo", "dapo"]).clip_high == 0.28
+    cfg = parse([str(file), "--clip_high", "0.5"])
+    assert (cfg.algo, cfg.loss_norm) == ("dapo", "token")              # the algorithm's
+    assert (cfg.lr, cfg.rescue, cfg.clip_high) == (3e-6, False, 0.5)    # file, file, flag
+    assert cfg.problems == train.PRETRAINED["problems"] and cfg.seed == Config.seed
+    second = tmp_path / "more.json"
+    second.write_text('{"lr": 5e-6}')
+    assert parse([str(file), str(second)]).lr == 5e-6
+
+
+def test_switches():
+    assert not parse(["--no_rescue"]).rescue and not parse(["--rescue", "false"]).rescue and parse(["--rescue"]).rescue
+    assert parse(["--algo=pods"]).n_keep == 16
+
+
+def test_a_json_data_file_is_no_settings_file(tmp_path):
+    """Every argument that ends in .json was read as settings, `--data problems.json` among them."""
+    file = tmp_path / "problems.json"
+    file.write_text('[{"problem": "1+1", "answer": "2"}]')
+    assert parse(["--data", str(file)]).data == str(file)
+
+
+@pytest.mark.parametrize("settings", ["[]", "3", '{"steps": [1]}', '{"steps": 2.5}', '{"model": null}', '{"rescue": 7}', "{"])
+def test_settings_of_a_wrong_type(tmp_path, settings):
+    file = tmp_path / "settings.json"
+    file.write_text(settings)
+    with pytest.raises(ValueError) as caught:
+        parse([str(file)])
+    assert "\n" not in str(caught.value)
+
+
+def test_every_setting_is_read():
+    """By the code that runs, not by check(): a flag that does nothing is worse than none."""
+    read = set()
+    for file in ("train.py", "aero.py", "report.py"):
+        tree = ast.parse((ROOT / file).read_text())
+        for node in ast.walk(tree):
+            node.body = [n for n in node.body if getattr(n, "name", "") != "check"] if isinstance(node, ast.ClassDef) else \
+                getattr(node, "body", None)  # fmt: skip
+        read |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
+                 and isinstance(n.value, ast.Name) and n.value.id in ("cfg", "s")}  # fmt: skip
+    assert {f.name for f in dataclasses.fields(Config)} <= read
+
+
+def test_every_setting_is_explained(capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert caught.value.code == 0
+    for f in dataclasses.fields(Config):
+        assert f"--{f.name} " in text and f.metadata["help"].split()[0] in text
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture
+def refused(student, flags, tmp_path, monkeypatch, capsys):
+    """refused(message, *more flags): exit code 2 and one line, before any process, group of ranks or folder is made."""
+
+    def no_work(*_, **__):
+        raise AssertionError("work began")
+
+    monkeypatch.setattr(train, "Grader", no_work)
+    monkeypatch.setattr(train, "start_ranks", no_work)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def check(message, *more, name="run"):
+        there = sorted(tmp_path.rglob("*"))
+        code = train.main([str(f) for f in (*flags, "--out", tmp_path / "out", "--name", name, *more)])
+        printed = capsys.readouterr()
+        assert code == 2 and printed.out == ""
+        assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and message in printed.err, printed.err
+        assert sorted(tmp_path.rglob("*")) == there
+
+    return check
+
+
+@pytest.mark.parametrize("message, more", [
+    ("unknown --n_exlore 4; known are --", ["--n_exlore", 4]),
+    ("unknown --n_explor", ["--n_explor", 4]),  # no abbreviations
+    ("unknown stray", ["stray"]),
+    ("--algo ppo: wanted one of aero grpo", ["--algo", "ppo"]),
+    ("--n_explore 9 is larger than --n_total 8", ["--n_explore", 9]),
+    ("--k 0: wanted 1 or more", ["--k", 0]),
+    ("--k -1: wanted 1 or more", ["--k", -1]),
+    ("argument --k: ", ["--k", "two"]),
+    ("--temperature 0.0", ["--temperature", 0]),
+    ("--lr nan", ["--lr", "nan"]),
+    ("--weight_decay nan", ["--weight_decay", "nan"]),
+    ("--temperature inf", ["--temperature", "inf"]),
+    ("--n_total 8: ", ["--algo", "mc_grpo"]),
+    ("--name a/b: wanted a plain folder name", ["--name", "a/b"]),
+    ("--name ..: wanted a plain folder name", ["--name", ".."]),
+    ("model '/nonexistent/model'", ["--model", "/nonexistent/model"]),
+    ("model 'nobody/nothing-of-this-name'", ["--model", "nobody/nothing-of-this-name"]),
+    ("/nonexistent/data.jsonl: no such file", ["--data", "/nonexistent/data.jsonl"]),
+    ("/nonexistent/held.jsonl: no such file", ["--eval_data", "/nonexistent/held.jsonl"]),
+    ("settings file /nonexistent.json", ["/nonexistent.json"]),
+    ("template 'qwen', or", ["--template", "qwen"]),
+    ("template chat: this tokenizer has no chat template", ["--template", "chat"]),
+    ("--max_new 64 leaves no room for a prompt", ["--max_new", 64]),
+    ("prompt longer than 1 token", ["--max_new", 63]),
+], ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")  # fmt: skip
+def test_bad_flags(refused, message, more):
+    if message.startswith("template 'qwen'"):
+        message = "template 'qwen': wanted"
+    refused(message, *more)
+
+
+@pytest.mark.parametrize("message, text", [
+    ("unknown learning_rate", '{"learning_rate": 1}'),
+    ("settings file", '{"lr": 1'),
+    ("settings file", '["lr"]'),
+])  # fmt: skip
+def test_bad_settings_file(refused, tmp_path, message, text):
+    (tmp_path / "settings.json").write_text(text)
+    refused(message, tmp_path / "settings.json")
+
+
+@pytest.mark.parametrize("message, text", [
+    ("columns found: text, label2; wanted: one of problem, question, prompt", '{"text": "a1", "label2": "1"}\n'),
+    ("no answer", '{"problem": "a1"}\n'),
+    ("empty, wanted rows", ""),
+    ("line 1: invalid JSON", "a1,1\n"),
+    ("prompt longer than 44 tokens", json.dumps({"problem": "1+" * 30 + "1", "answer": "31"}) + "\n"),
+])  # fmt: skip
+def test_bad_data(refused, tmp_path, message, text):
+    (tmp_path / "bad.jsonl").write_text(text)
+    refused(message, "--data", tmp_path / "bad.jsonl")
+    refused(message, "--eval_data", tmp_path / "bad.jsonl")
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("message, damage", [
+    ("model_type 'mistral' is not supported", lambda m: edit(m / "config.json", model_type="mistral")),
+    ("holds no config.json", lambda m: (m / "config.json").unlink()),
+    ("holds no tokenizer.json", lambda m: (m / "tokenizer.json").unlink()),
+    ("holds neither model.safetensors nor", lambda m: (m / "model.safetensors").unlink()),
+    ("model.safetensors is damaged", lambda m: os.truncate(m / "model.safetensors", 20_000)),
+    ("is wanted", lambda m: edit(m / "config.json", intermediate_size=60)),
+])  # fmt: skip
+def test_bad_model(refused, student, tmp_path, message, damage):
+    damage(Path(shutil.copytree(student.model, tmp_path / "model")))
+    refused(message, "--model", tmp_path / "model")
+
+
+def test_two_evaluation_sets_of_one_name(refused, student, tmp_path):
+    """The second silently took the place of the first."""
+    (tmp_path / "held.jsonl").write_bytes(student.data.read_bytes())
+    refused("held", "--eval_data", f"{student.held},{tmp_path / 'held.jsonl'}")
+
+
+def test_output_folder_of_something_else(refused, tmp_path):
+    (tmp_path / "out" / "run").mkdir(parents=True)
+    (tmp_path / "out" / "run" / "thesis.tex").write_text("")
+    refused("holds files that are not a run's", "--steps", 1)
+    (tmp_path / "out" / "file").write_text("")
+    refused(str(tmp_path / "out" / "file"), name="file")
+
+
+def test_output_folder_of_another_configuration(reference, flags, capsys):
+    at = ["--out", str(reference.folder.parent), "--name", "reference"]
+    for more, message in [(["--lr", "0.5"], "--lr 0.001, not 0.5"), (["--algo", "grpo"], "--algo aero, not grpo")]:
+        assert train.main([str(f) for f in (*flags, *at, *more)]) == 2
+        printed = capsys.readouterr().err
+        assert message in printed and printed.count("\n") == 1
+    train.open_run(parse([str(f) for f in (*flags, *at, "--steps", 9)]))  # longer is another wish for the same run
+
+
+# ------------------------------------------------------------------------------------------------------------ packing
+
+
+def test_doctests():
+    for module in (train, aero):
+        assert doctest.testmod(module).failed == 0
+
+
+def test_pack_properties():
+    rng = random.Random(0)
+    for _ in range(300):
+        lengths = [rng.randint(1, rng.choice([5, 60, 200])) for _ in range(rng.randint(1, 40))]
+        world, cap = rng.choice([1, 2, 3, 8]), rng.choice([1, 50, 100, 1000])
+        ranks = pack(lengths, world, cap)
+        assert len(ranks) == world and len({len(rank) for rank in ranks}) == 1 and ranks[0]
+        bins = [b for rank in ranks for b in rank]
+        assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+        assert all(sum(lengths[i] for i in b) <= cap or len(b) == 1 for b in bins)
+        assert len(bins) <= world * math.ceil(2 * sum(lengths) / cap / world + 1) or max(lengths) > cap / 2
+
+
+def items(*responses, advantage=1.0):
+    """One Trained per list of response ids; prompts of growing length."""
+    return [Trained(i, tuple(range(5, 7 + i)), list(r), [-0.5] * len(r), advantage) for i, r in enumerate(responses)]
+
+
+def test_packed_example():
+    """The example of its docstring, and a second rollout behind it."""
+    p0, p1, p2, r0, r1 = 11, 12, 13, 21, 22
+    two = [Trained(0, (p0, p1, p2), [r0, r1], [-1.0, -2.0], 0.5), Trained(1, (p0,), [r1], [-3.0], -2.0)]
+    t = packed(two, [0.25, 0.125], "cpu")
+    assert t["ids_T"].tolist() == [p0, p1, p2, r0, r1, p0, r1] and t["cu"].tolist() == [0, 5, 7] and t["max_len"] == 5
+    assert t["rows_R"].tolist() == [2, 3, 5] and t["targets_R"].tolist() == [r0, r1, r1]
+    assert t["sampled_R"].tolist() == [-1.0, -2.0, -3.0]
+    assert t["adv_R"].tolist() == [0.5, 0.5, -2.0] and t["weight_R"].tolist() == [0.25, 0.25, 0.125]
+    assert t["cu"].dtype == torch.int32 and t["adv_R"].dtype == torch.float32
+
+
+def test_masks_come_from_lengths():
+    """Id 0 is both EOS and pad here, as in Qwen2's base models: it is trained wherever it was drawn, the last one too."""
+    batch = items([0], [9, 0, 0, 8, 0], [0, 0, 0])
+    t = packed(batch, [1.0, 1.0, 1.0], "cpu")
+    assert t["targets_R"].tolist() == [token for x in batch for token in x.tokens]
+    assert torch.equal(t["ids_T"][t["rows_R"] + 1], t["targets_R"])
+    assert (t["weight_R"] > 0).all()
+
+
+# -------------------------------------------------------------------------------------------------------- the update
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def learner(one_process, student):
+    """learner(optimizer kind): (sharded model of one rank, optimizer), as train() makes them."""
+
+    def make(kind=None, **changes):
+        cfg = Config(**dict(dict(max_new=20, grad_clip=1e9, temperature=0.9), **changes))
+        model_cfg, device = ModelConfig.from_folder(student.model), torch.device("cpu")
+        model, optimizer = train.make_learner(model_cfg, cfg, device, lambda m: load_weights(m, student.model))
+        return cfg, model, kind(model.parameters(), lr=1.0) if kind else optimizer
+
+    return make
+
+
+def weights_of(model):
+    return {name: w.clone() for name, w in train.full_weights(model)}
+
+
+def unequal_batch(seed=0):
+    """Groups of 5, 1, 2 and 3 rollouts of 1 to 12 tokens."""
+    rng = random.Random(seed)
+    return [
+        Trained(place, tuple(rng.randrange(4, 90) for _ in range(rng.randint(1, 9))),
+                [rng.randrange(90) for _ in range(n)], [-rng.random() for _ in range(n)], rng.choice([-1.5, 0.3, 1.0]))
+        for place, size in enumerate([5, 1, 2, 3]) for n in [rng.randint(1, 12) for _ in range(size)]
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", aero.LOSS_NORMS)
+def test_micro_batches_do_not_matter(learner, norm):
+    """Under SGD, whose step is the gradient, here of norm 1."""
+    after, metrics = [], []
+    for cap in (10_000, 40, 1):
+        cfg, model, optimizer = learner(torch.optim.SGD, loss_norm=norm, micro_tokens=cap, grad_clip=1.0)
+        metrics.append(update(model, optimizer, unequal_batch(), 1.0, cfg, 0, 1, torch.device("cpu")))
+        after.append(weights_of(model))
+    for other, m in zip(after[1:], metrics[1:]):
+        for name, w in after[0].items():
+            assert (other[name] - w).abs().max() < 1e-6, name
+        assert m == pytest.approx(metrics[0], abs=1e-6, rel=1e-6)
+
+
+def loss_by_hand(model, batch, cfg, ratio_against_sampler):
+    """Straight from the formula, one rollout and one token at a time, over all logits of the packed forward."""
+    groups, tokens = {}, sum(len(x.tokens) for x in batch)
+    for x in batch:
+        groups.setdefault(x.place, []).append(x)
+    total, gaps, entropies, clipped, ratios = 0.0, [], [], 0.0, 0.0
+    for x in batch:
+        ids = torch.tensor([*x.prompt, *x.tokens])
+        logits_TV = model(ids, torch.tensor([0, len(ids)]).int(), len(ids)) / cfg.temperature
+        logp_TV = logits_TV.log_softmax(-1)
+        for t, (token, sampled) in enumerate(zip(x.tokens, x.logps)):
+            row = logp_TV[len(x.prompt) - 1 + t]
+            weight = {
+                "prompt": 1 / len(groups) / len(groups[x.place]) / len(x.tokens), "token": 1 / tokens,
+                "constant": 1 / (cfg.max_new * len(batch)),
+            }[cfg.loss_norm]  # fmt: skip
+            ratio = torch.exp(row[token] - (sampled if ratio_against_sampler else row[token].detach()))
+            bounded = min(max(ratio.item(), 1 - cfg.clip_low), 1 + cfg.clip_high)
+            gain = min(ratio * x.advantage, torch.tensor(bounded * x.advantage), key=lambda v: v.item())
+            total = total - weight * gain
+            clipped += weight * (bounded * x.advantage < ratio.item() * x.advantage)
+            ratios += weight * ratio.item()
+            gaps.append(row[token].item() - sampled)
+            entropies.append(-(row.exp() * row).sum().item())
+    weight = 1.0 if cfg.loss_norm != "constant" else tokens / (cfg.max_new * len(batch))
+    return total, {
+        "loss/policy": total.item(), "loss/clip_frac": clipped / weight, "loss/ratio_mean": ratios / weight,
+        "policy/entropy": np.mean(entropies), "mismatch/kl": np.mean([math.exp(g) - 1 - g for g in gaps]),
+        "mismatch/max_abs": max(map(abs, gaps)),
+    }
+
+
+@pytest.mark.parametrize("norm", aero.LOSS_NORMS)
+@pytest.mark.parametrize("updates", [1, 2])
+def test_loss_by_hand(learner, student, norm, updates):
+    """Loss, gradient and metrics. With one update the ratio is 1; with two it is against the sampler's log-probs."""
+    cfg, model, optimizer = learner(torch.optim.SGD, loss_norm=norm, updates_per_batch=updates, clip_high=0.3)
+    plain = Model(ModelConfig.from_folder(student.model))
+    load_weights(plain, student.model)
+    batch = []
+    for x in unequal_batch():  # log-probs near the policy's own, so that some ratios are clipped and others not
+        ids = torch.tensor([*x.prompt, *x.tokens])
+        logp_TV = (plain(ids, torch.tensor([0, len(ids)]).int(), len(ids)) / cfg.temperature).log_softmax(-1)
+        own = [logp_TV[len(x.prompt) - 1 + t, token].item() for t, token in enumerate(x.tokens)]
+        batch.append(x._replace(logps=[p + 0.3 * (-1) ** t for t, p in enumerate(own)]))
+    loss, wanted = loss_by_hand(plain, batch, cfg, ratio_against_sampler=updates > 1)
+    loss.backward()
+    rate = 0.0 if updates == 2 else 0.5  # at rate 0 both updates see the same weights
+    metrics = update(model, optimizer, batch, rate, cfg, 0, 1, torch.device("cpu"))
+    for name, value in wanted.items():
+        assert metrics[name] == pytest.approx(value, abs=2e-6, rel=2e-5), name
+    norm_by_hand = math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in plain.parameters()))
+    assert metrics["optim/grad_norm"] == pytest.approx(norm_by_hand, rel=1e-5)
+    if updates == 1:
+        assert metrics["loss/ratio_mean"] == pytest.approx(1.0, abs=1e-6) and metrics["loss/clip_frac"] == 0
+        after = weights_of(model)
+        for name, p in plain.named_parameters():
+            assert (after[name] - (p - rate * p.grad)).abs().max() < 2e-6, name
+    else:
+        assert 0 < metrics["loss/clip_frac"] < 1
+
+
+def test_first_of_two_updates_is_on_policy(learner):
+    """With the sampler's own log-probs the first ratio is 1, so a mean other than 1 comes from the second."""
+    cfg, model, optimizer = learner(updates_per_batch=2)
+    with torch.no_grad():
+        batch = []
+        for x in unequal_batch():
+            t = packed([x], [1.0], "cpu")
+            logp_R, _ = model(t["ids_T"], t["cu"], t["max_len"], t["targets_R"], t["rows_R"], cfg.temperature)
+            batch.append(x._replace(logps=logp_R.tolist()))
+    still = update(model, optimizer, batch, 0.0, cfg, 0, 1, torch.device("cpu"))
+    assert still["loss/ratio_mean"] == pytest.approx(1, abs=1e-5) and still["mismatch/max_abs"] < 1e-5
+    moving = update(model, optimizer, batch, 1e-2, cfg, 0, 1, torch.device("cpu"))
+    assert abs(moving["loss/ratio_mean"] - 1) > 1e-3 and moving["mismatch/max_abs"] < 1e-5
+
+
+def test_eos_is_trained(learner, student):
+    """A response that is EOS alone, with a positive advantage: EOS grows likelier after its prompt."""
+    cfg, model, optimizer = learner(torch.optim.SGD)
+    eos, prompt = student.tokenizer.eos_token_id, (40, 41)
+
+    def chance():
+        with torch.no_grad():
+            ids = torch.tensor(prompt)
+            return model(ids, torch.tensor([0, 2]).int(), 2)[-1].softmax(-1)[eos].item()
+
+    before = chance()
+    update(model, optimizer, [Trained(0, prompt, [eos], [-1.0], 1.0)], 0.1, cfg, 0, 1, torch.device("cpu"))
+    assert chance() > before
+
+
+@pytest.mark.parametrize("bad", [NAN, math.inf, 1e38])
+def test_a_gradient_that_is_not_finite_changes_nothing(learner, bad):
+    cfg, model, optimizer = learner()
+    batch = unequal_batch()
+    update(model, optimizer, batch, 1e-3, cfg, 0, 1, torch.device("cpu"))
+    weights, state = weights_of(model), [{k: v.clone() for k, v in s.items()} for s in optimizer.state.values()]
+    batch[3] = batch[3]._replace(advantage=bad)
+    metrics = update(model, optimizer, batch, 1e-3, cfg, 0, 1, torch.device("cpu"))
+    assert metrics["optim/skipped"] == 1 and not math.isfinite(metrics["optim/grad_norm"])
+    assert all(torch.equal(w, weights[name]) for name, w in train.full_weights(model))
+    for now, before in zip(optimizer.state.values(), state):
+        assert all(torch.equal(v.full_tensor() if hasattr(v, "full_tensor") else v,
+                               before[k].full_tensor() if hasattr(v, "full_tensor") else before[k]) for k, v in now.items())
+    assert update(model, optimizer, unequal_batch(), 1e-3, cfg, 0, 1, torch.device("cpu"))["optim/skipped"] == 0
+
+
+def test_a_poisoned_weight_is_no_step(learner):
+    cfg, model, optimizer = learner()
+    with torch.no_grad():
+        model.model.norm.weight.to_local()[0] = math.inf
+    before = weights_of(model)
+    assert update(model, optimizer, unequal_batch(), 1e-3, cfg, 0, 1, torch.device("cpu"))["optim/skipped"] == 1
+    assert all(torch.equal(w, before[name]) for name, w in train.full_weights(model))
+
+
+# -------------------------------------------------------------------------------------------------- whole runs: files
+
+METRICS = """
+reward/mean reward/std group/flat_frac group/all_right_frac group/all_wrong_frac group/rescued_frac
+rollout/drawn rollout/kept rollout/trained rollout/tokens response_length/mean response_length/max
+response_length/truncated_frac compute/rollout_flops compute/train_flops compute/saved_frac
+loss/policy loss/clip_frac loss/ratio_mean policy/entropy mismatch/kl mismatch/max_abs
+optim/lr optim/grad_norm optim/skipped_steps time/rollout time/reward time/update time/sync time/eval time/save time/step
+time/other perf/gen_tokens_per_s perf/train_tokens_per_s
+"""
+
+
+@pytest.mark.slow
+def test_metrics(reference):
+    rows = reference.rows
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    for row in rows[1:]:
+        assert not set(METRICS.split()) - row.keys()
+        parts = [row[f"time/{part}"] for part in ("rollout", "reward", "update", "sync", "eval", "save", "other")]
+        assert sum(parts) == pytest.approx(row["time/step"], abs=1e-6) and min(parts) > -1e-6
+        assert row["mismatch/max_abs"] < 1e-4 and row["loss/ratio_mean"] == pytest.approx(1, abs=1e-6)
+        assert row["rollout/drawn"] >= row["rollout/kept"] == row["rollout/trained"] > 0
+    for row in rows:
+        assert ("eval/held/avg_at_k" in row) == ("eval/held/pass_at_k" in row) == (row["step"] in (0, 2, 4))
+    assert rows[-1]["optim/skipped_steps"] == 0 and rows[1]["optim/lr"] == 5e-4 and rows[2]["optim/lr"] == 1e-3
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves_behind(reference):
+    found = {p.name for p in reference.folder.iterdir()}
+    assert found == {"config.json", "metrics.jsonl", "rollouts.jsonl", "eval", "tb", "checkpoints", "model", "curves.png"}
+    assert reference.checkpoints == ["step_2", "step_4"]
+    kept = json.loads((reference.folder / "config.json").read_text())
+    assert kept["settings"]["n_total"] == 8 and kept["versions"]["torch"] == torch.__version__ and kept["world_size"] == 1
+    samples = [json.loads(line) for line in (reference.folder / "rollouts.jsonl").read_text().splitlines()]
+    assert {s["step"] for s in samples} == {1, 2, 3, 4} and any(s["kept"] for s in samples)
+    assert "Traceback" not in reference.text and "step 4/4 | reward" in reference.text and "avg@2" in reference.text
+
+
+@pytest.mark.slow
+def test_transformers_loads_the_model(reference, student):
+    """With equal logits and its tokenizer, and it is not the model that the run began with."""
+    folder = reference.folder / "model"
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), Model(ModelConfig.from_folder(folder))
+    load_weights(ours, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "b7\n7=7\n\\boxed{7} ~ (3*4)"
+    ids = tokenizer(text).input_ids
+    assert ids == student.tokenizer(text).input_ids and tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == student.tokenizer.eos_token_id
+    with torch.no_grad():
+        wanted = theirs(torch.tensor([ids])).logits[0]
+        assert (ours(torch.tensor(ids), torch.tensor([0, len(ids)]).int(), len(ids)) - wanted).abs().max() < 1e-5
+    before, after = load_file(student.model / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys() and not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+
+
+# ------------------------------------------------------------------------------------- whole runs: stopped and resumed
+
+
+def after_step(step, act):
+    """Arranges act() right after the row of `step` is in metrics.jsonl."""
+    log_step = report.Log.step
+
+    def wrapped(log, number, *rest):
+        log_step(log, number, *rest)
+        if number == step:
+            act()
+
+    report.Log.step = wrapped
+
+
+def signal_self(number):
+    os.kill(os.getpid(), number)
+
+
+def killed_after(step):
+    after_step(step, functools.partial(signal_self, signal.SIGKILL))
+
+
+def in_phase(name, call, act, rank=None):
+    """Arranges act() inside the given call (from 1) of train.NAME, on one rank or on all."""
+    inner, count = getattr(train, name), iter(range(1, 1000))
+
+    def wrapped(*args, **kwargs):
+        if next(count) == call and rank in (None, int(os.environ.get("RANK", 0))):
+            act()
+        return inner(*args, **kwargs)
+
+    setattr(train, name, wrapped)
+
+
+def terminated_in(name, call, rank=None):
+    in_phase(name, call, functools.partial(signal_self, signal.SIGTERM), rank)
+
+
+def terminated_while_drawing(step, rank=None):
+    """TERM between two tokens of a step."""
+    def soon():
+        sampler_step, count = train.Sampler.step, iter(range(1000))
+
+        def wrapped(sampler):
+            if next(count) == 3:
+                signal_self(signal.SIGTERM)
+            return sampler_step(sampler)
+
+        train.Sampler.step = wrapped
+
+    in_phase("draw", step, soon, rank)
+
+
+@pytest.mark.slow
+def test_a_complete_run_says_so(reference, flags):
+    before = (reference.folder / "model" / "model.safetensors").read_bytes()
+    rows = reference.rows
+    again = finished(reference.folder, flags)
+    assert "complete" in again.text.rpartition("resumed from")[2].partition("\n")[0]
+    assert again.rows == rows and (reference.folder / "model" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(reference, out, flags):
+    """SIGKILL after step 3, one step behind the last checkpoint. What a crash may leave beside it is not taken for one."""
+    run = Run(out / "killed", flags, hook=functools.partial(killed_after, 3))
+    assert run.wait() == -signal.SIGKILL and [row["step"] for row in run.rows] == [0, 1, 2, 3]
+    assert run.checkpoints == ["step_2"]
+    shutil.copytree(run.folder / "checkpoints" / "step_2", run.folder / "checkpoints" / "step_4.partial")
+    (run.folder / "model.partial").mkdir()
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "reward/me')  # the row that was being written
+    again = finished(run.folder, flags)
+    assert "resumed from" in again.text and "step 2 of 4" in again.text
+    same_run(again, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hook, at", [
+    (functools.partial(terminated_while_drawing, 3), 2),
+    (functools.partial(terminated_in, "update", 2), 2),
+    (functools.partial(terminated_in, "update", 4), 4),
+], ids=["drawing step 3", "updating step 2", "updating the last step"])  # fmt: skip
+def test_terminated_and_resumed(reference, out, flags, hook, at, request):
+    folder = out / request.node.callspec.id.replace(" ", "-")
+    more = [*flags, "--save_every", 3]
+    run = Run(folder, more, hook=hook)
+    assert run.wait() == 0, run.text
+    assert run.checkpoints[-1] == f"step_{at}"
+    if at < 4:
+        assert f"stopped by a signal at step {at} of 4; the same command goes on from there" in run.text
+    again = finished(folder, more)
+    same_run(again, reference)
+    assert again.checkpoints == (["step_2", "step_4"] if at == 2 else ["step_3", "step_4"]) or at == 2
+
+
+@pytest.mark.slow
+def test_terminated_from_outside(out, flags):
+    """A long run ends within seconds of TERM, with a checkpoint; at most two are kept."""
+    run = Run(out / "long", [*flags, "--steps", 10_000, "--save_every", 1, "--eval_every", 9999])
+    metrics, end = run.folder / "metrics.jsonl", time.monotonic() + 60
+    while not metrics.is_file() or metrics.read_text().count("\n") < 5:
+        assert time.monotonic() < end and run.ranks[0].is_alive(), run.text
+        time.sleep(0.05)
+    begun = time.monotonic()
+    run.ranks[0].terminate()
+    assert run.wait(20) == 0, run.text
+    print(f"{time.monotonic() - begun:.1f} s from TERM to the exit")
+    last = run.rows[-1]["step"]
+    assert f"stopped by a signal at step {last} of 10000" in run.text
+    assert sorted(run.checkpoints, key=lambda n: int(n[5:])) == [f"step_{last - 1}", f"step_{last}"]
+    assert not (run.folder / "model").exists()
+
+
+@pytest.mark.slow
+def test_a_refilling_algorithm_can_be_stopped(out, flags):
+    """dapo looks at groups after each drawing; after a signal they are incomplete."""
+    run = Run(out / "dapo", [*flags, "--algo", "dapo"], hook=functools.partial(terminated_while_drawing, 1))
+    assert run.wait() == 0 and "stopped by a signal at step 0" in run.text, run.text
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_both(out, flags):
+    """Rank 0 asked whether it had got the signal itself: it exported while the other saved a checkpoint, and both hung."""
+    run = Run(out / "one-signal", flags, ranks=2, hook=functools.partial(terminated_while_drawing, 2, rank=1))
+    assert run.wait(30) == 0, run.text
+    assert "stopped by a signal at step 1 of 4" in run.text and run.checkpoints == ["step_1"]
+
+
+@pytest.mark.slow
+def test_a_longer_wish_goes_on(reference, out, flags):
+    """Two steps, then four: the run of four steps."""
+    finished(out / "longer", [*flags, "--steps", 2])
+    same_run(finished(out / "longer", flags), reference)
+
+
+@pytest.mark.slow
+def test_a_shorter_wish_is_answered(out, flags, reference):
+    """A run that has done four steps, asked for three: said, not a traceback over a file that was never written."""
+    shutil.copytree(reference.folder, out / "shorter")
+    run = Run(out / "shorter", [*flags, "--steps", 3])
+    code = run.wait()
+    assert "Traceback" not in run.text and code in (0, 2), run.text
+
+
+# ----------------------------------------------------------------------------------------- whole runs: ranks and data
+
+SAME_ON_ALL_WORLDS = ("loss/policy", "optim/grad_norm", "reward/mean", "policy/entropy", "eval/held/avg_at_k")
+
+
+def same_numbers(a, b, tolerance=1e-6):
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        assert (x.get("rollout/drawn"), x.get("rollout/kept")) == (y.get("rollout/drawn"), y.get("rollout/kept"))
+        for name in SAME_ON_ALL_WORLDS:
+            assert x.get(name) == pytest.approx(y.get(name), abs=tolerance), (x["step"], name)
+
+
+@pytest.mark.slow
+def test_torchrun_equals_one_process(reference, out, flags):
+    """The command of the README, on two ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", ROOT / "train.py"]
+    command += [*flags, "--steps", 2, "--out", out, "--name", "torchrun"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (out / "torchrun" / "metrics.jsonl").read_text().splitlines()]
+    same_numbers(rows, reference.rows[:3])
+
+
+RAGGED = {
+    "grpo-token": ["--algo", "grpo", "--loss_norm", "token", "--n_total", 4],
+    "ada-constant": ["--algo", "reinforce_ada", "--loss_norm", "constant", "--n_extra", 3, "--n_keep", 4],
+    "aero-pool-two-updates": ["--rescue_budget", "pool", "--updates_per_batch", 2, "--micro_tokens", 90],
+    "dapo": ["--algo", "dapo", "--n_total", 4, "--refill_cap", 2],
+    "one-kept-rollout-on-two-ranks": ["--algo", "pods", "--problems", 1, "--n_total", 4, "--n_keep", 1],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RAGGED)
+def test_two_ranks_equal_one(out, flags, name):
+    more = [*flags, "--steps", 2, "--eval_limit", 2, *RAGGED[name]]
+    one, two = Run(out / f"{name}-1", more), Run(out / f"{name}-2", more, ranks=2)
+    for run in (one, two):
+        assert run.wait() == 0, run.text
+    same_numbers(one.rows, two.rows)
+    weights = [load_file(run.folder / "model" / "model.safetensors") for run in (one, two)]
+    # Adam divides a gradient by its size, so where that is rounding the step is not: hence not 1e-6
+    assert all((w - weights[1][n]).abs().mean() < 1e-4 for n, w in weights[0].items())
+    if name == "aero-pool-two-updates":
+        assert any(abs(row["loss/ratio_mean"] - 1) > 1e-6 for row in one.rows[1:])
+        assert all(row["rollout/trained"] == 2 * row["rollout/kept"] for row in one.rows[1:])
+
+
+@pytest.mark.slow
+def test_resumed_on_another_number_of_ranks(reference, out, flags):
+    """Two steps on two ranks, the rest on one."""
+    first = finished(out / "reshard", [*flags, "--steps", 2], ranks=2)
+    assert first.checkpoints == ["step_2"]
+    same_numbers(finished(out / "reshard", flags).rows, reference.rows, 1e-5)
+
+
+def bad_advantages(calls, rank=None):
+    """NaN in place of the advantages of these updates (from 1)."""
+    inner, count = train.update, iter(range(1, 1000))
+
+    def wrapped(model, optimizer, batch, *rest):
+        if next(count) in calls and rank in (None, int(os.environ.get("RANK", 0))):
+            batch = [x._replace(advantage=NAN) for x in batch]
+        return inner(model, optimizer, batch, *rest)
+
+    train.update = wrapped
+
+
+@pytest.mark.slow
+def test_a_bad_gradient_on_one_rank_is_skipped_by_both(out, flags, student):
+    more = [*flags, "--steps", 2, "--eval_data", ""]
+    run = finished(out / "nan", more, ranks=2, hook=functools.partial(bad_advantages, [1], rank=1))
+    assert [row.get("optim/skipped_steps") for row in run.rows] == [None, 1, 1]
+    assert math.isnan(run.rows[1]["optim/grad_norm"]) and math.isfinite(run.rows[2]["optim/grad_norm"])
+
+
+@pytest.mark.slow
+def test_five_bad_gradients_in_a_row_end_the_run(out, flags):
+    """With the cause, and with the steps before them kept; none of the bad ones is."""
+    more = [*flags, "--steps", 9, "--eval_data", "", "--save_every", 1]
+    run = Run(out / "nans", more, hook=functools.partial(bad_advantages, [2, *range(4, 20)]))
+    assert run.wait() not in (0, None)
+    assert "5 updates in a row had a gradient that is not finite" in run.text
+    assert run.rows[-1]["step"] == 7 and run.rows[-1]["optim/skipped_steps"] == 5
+    weights = [torch.load for _ in ()]
+    assert not weights and all(math.isnan(row["optim/grad_norm"]) == (row["step"] in (2, 4, 5, 6, 7)) for row in run.rows[1:])
+
+
+@pytest.mark.slow
+def test_nothing_to_learn_from(out, flags, student):
+    """Responses of one token are cut, so wrong: grpo_skip has nothing to train on and goes on; aero trains on it."""
+    more = [*flags, "--max_new", 1, "--steps", 2, "--eval_limit", 2]
+    skip, posterior = Run(out / "flat-skip", [*more, "--algo", "grpo_skip"]), Run(out / "flat-aero", more)
+    for run in (skip, posterior):
+        assert run.wait() == 0 and "Traceback" not in run.text, run.text
+        assert run.checkpoints[-1] == "step_2" and (run.folder / "model" / "config.json").is_file()
+        assert all(row["response_length/truncated_frac"] > 0.9 and row["group/all_wrong_frac"] == 1 for row in run.rows[1:])
+    before = load_file(student.model / "model.safetensors")
+    after = [load_file(run.folder / "model" / "model.safetensors") for run in (skip, posterior)]
+    assert all(torch.equal(w, before[name]) for name, w in after[0].items())
+    assert any(not torch.equal(w, before[name]) for name, w in after[1].items())
+    assert [row["rollout/trained"] for row in skip.rows[1:]] == [0, 0]
+    assert all(row["rollout/trained"] == 12 for row in posterior.rows[1:])  # n_same of each of 6 problems
+
+
+def short_recipe():
+    base.RECIPE.update(steps=4, batch=4, corpus=base.RECIPE["corpus"] | dict(levels=2, problems=40, seeds=1))
+
+
+@pytest.mark.slow
+def test_the_embedded_base(out):
+    """No --model: made at first start, cached under --out, the same for the next run."""
+    more = ["--steps", 1, "--problems", 2, "--max_new", 8, "--eval_limit", 2, "--eval_k", 1]
+    more += ["--data", "arithmetic:train:50:1-2", "--eval_data", "arithmetic:heldout:20:1-2"]
+    first, second = (finished(out / f"embedded-{seed}", [*more, "--seed", seed], hook=short_recipe) for seed in (0, 1))
+    assert "base model: " in first.text and "base model: " not in second.text
+    (folder,) = out.glob("base-*")
+    assert AutoTokenizer.from_pretrained(folder)("1+2").input_ids == base.character_tokenizer()("1+2").input_ids
