@@ -451,9 +451,9 @@ def learner_state(model, optimizer) -> dict:
     }
 
 
-def save_checkpoint(run: Path, step: int, progress: dict, model, optimizer, rank: int) -> None:
+def save_checkpoint(run: Path, progress: dict, model, optimizer, rank: int) -> None:
     """A fresh folder, renamed when all of it is on disk; then all but the last two are removed."""
-    final = run / "checkpoints" / f"step_{step}"
+    final = run / "checkpoints" / f"step_{progress['step']}"
     partial = final.with_suffix(".partial")
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -461,7 +461,7 @@ def save_checkpoint(run: Path, step: int, progress: dict, model, optimizer, rank
     dcp.save(learner_state(model, optimizer), checkpoint_id=partial)
     if rank == 0:
         with open(partial / "progress.json", "w") as file:
-            json.dump(progress | {"step": step}, file)
+            json.dump(progress, file)
             file.flush()
             os.fsync(file.fileno())
         shutil.rmtree(final, ignore_errors=True)
@@ -493,6 +493,9 @@ def open_run(cfg: Config) -> Path:
         for key in now:
             if key not in ("steps", "out") and before.get(key) != now[key]:
                 raise ValueError(f"{run} is a run with --{key} {before.get(key)}, not {now[key]}: give this one another --name")
+        done = [int(folder.name.removeprefix("step_")) for folder in checkpoints(run)]
+        if done and done[-1] > cfg.steps:
+            raise ValueError(f"{run} has done {done[-1]} steps, --steps {cfg.steps} is less: give this one another --name")
     elif run.exists() and any(run.iterdir()):
         raise ValueError(f"{run} holds files that are not a run's: give this one another --name")
     return run
@@ -567,6 +570,29 @@ def prepare(cfg: Config):
     return model_cfg, tokenizer, problems, {p.report.name: p for p in held_out}
 
 
+def evaluate(folder: Path, step: int, held_out, cfg, sampler, grader, tokenizer, rank, world) -> dict[str, dict]:
+    """{name: summary} of the policy after `step` steps; a set whose summary is on disk already is not drawn again."""
+    scores = {}
+    for name, some in held_out.items():
+        path = folder / f"{name}-step{step}.json"
+        known = gather(json.loads(path.read_text()) if rank == 0 and path.is_file() else None)[0]
+        if known:
+            scores[name] = known
+            continue
+        # a seed that no training step has, and the same one every time: differences are the policy's
+        summary, mine = eval.evaluate(sampler, grader, tokenizer, some, cfg.eval_k, cfg.max_new, Sampling(cfg.temperature),
+                                      -1 - cfg.seed, rank, world)
+        scores[name] = summary | {"template": cfg.template, "step": step}
+        responses = sorted(itertools.chain(*gather(mine)), key=lambda r: (r["problem"], r["sample"]))
+        if rank == 0:
+            eval.save(folder, path.stem, responses, scores[name])
+    return scores
+
+
+def eval_metrics(scores: dict[str, dict]) -> dict:
+    return {f"eval/{name}/{key}": s[key] for name, s in scores.items() for key in ("avg_at_k", "pass_at_k")}
+
+
 def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device, model_cfg, tokenizer, problems, held_out):
     torch.manual_seed(cfg.seed)     # nothing below draws from it; a fork that does is reproducible
     if not cfg.model and rank == 0:
@@ -582,45 +608,28 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
     sampler = Sampler(model_cfg, cfg.slots, context, stop_ids, device, dtype)
 
     # progress is all that a checkpoint needs beside weights and optimizer: random streams are functions of the step
-    progress, start, found = dict(cursor=0, totals={}, skipped=0, in_a_row=0), 0, checkpoints(run)
+    progress, found = dict(step=0, cursor=0, totals={}, skipped=0, in_a_row=0), checkpoints(run)
     if found:
         progress = load_checkpoint(found[-1], model, optimizer)
-        start = progress["step"]
-    stop, log = Stop(), report.Log(run, start, cfg, rank)
+    step = progress["step"]     # optimizer batches done
+    stop, log = Stop(), report.Log(run, step, cfg, rank)
     if rank == 0:
         write_json(run / "config.json", dict(settings=asdict(cfg), versions=versions(), world_size=world))
     log.say(report.header(cfg, run, model_cfg, parameters, problems, held_out, world, device, sampler))
     if found:
-        log.say(f"resumed from {found[-1]}: step {start} of {cfg.steps}" + ", complete" * (start >= cfg.steps))
+        log.say(f"resumed from {found[-1]}: step {step} of {cfg.steps}" + ", complete" * (step == cfg.steps))
 
-    def evaluate(step) -> dict[str, dict]:
-        """Summaries by set; those that are on disk are not computed again."""
-        scores = {}
-        for name, some in held_out.items():
-            path = run / "eval" / f"{name}-step{step}.json"
-            if gather(path.is_file())[0]:
-                scores[name] = gather(json.loads(path.read_text()) if path.is_file() else None)[0]
-                continue
-            sampling = Sampling(cfg.temperature)
-            scores[name], mine = eval.evaluate(
-                sampler, grader, tokenizer, some, cfg.eval_k, cfg.max_new, sampling, -1 - cfg.seed, rank, world
-            )
-            responses = sorted(itertools.chain(*gather(mine)), key=lambda r: (r["problem"], r["sample"]))
-            if rank == 0:
-                eval.save(run / "eval", path.stem, responses, scores[name] | {"template": cfg.template, "step": step})
-        return scores
-
-    def eval_metrics(scores):
-        return {f"eval/{name}/{key}": s[key] for name, s in scores.items() for key in ("avg_at_k", "pass_at_k")}
+    def score(step) -> dict[str, dict]:
+        return evaluate(run / "eval", step, held_out, cfg, sampler, grader, tokenizer, rank, world)
 
     def draw_all(requests, groups):
         return draw(requests, groups, cfg, sampler, grader, tokenizer, stop)
 
     sampler.load(full_weights(model))
-    scores = evaluate(min(start, cfg.steps))
-    if start == 0:
+    scores = score(step)
+    if step == 0:
         log.metrics(0, eval_metrics(scores))
-    for step in range(start, cfg.steps):
+    while step < cfg.steps:
         clock = Clock(device)
 
         # Sample and grade. The policy does not move until the update, so a signal in here costs only this step's rollouts.
@@ -644,7 +653,7 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
         if batch:
             lr = cfg.lr * min(1.0, (step + 1) / (cfg.warmup + 1))
             metrics |= update(model, optimizer, batch, lr, cfg, rank, world, device)
-            skipped = metrics["optim/skipped"]
+            skipped = metrics.pop("optim/skipped")
             progress["skipped"] += skipped
             progress["in_a_row"] = progress["in_a_row"] + skipped if skipped else 0
             if progress["in_a_row"] >= 5:
@@ -655,21 +664,21 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
         sampler.load(full_weights(model))
         clock.phase("sync")
 
-        progress["cursor"] = cursor
-        done = step + 1
-        if done % cfg.eval_every == 0 or done == cfg.steps:
-            scores = evaluate(done)
+        step += 1
+        progress |= dict(step=step, cursor=cursor)
+        if step % cfg.eval_every == 0 or step == cfg.steps:
+            scores = score(step)
             metrics |= eval_metrics(scores)
         clock.phase("eval")
-        if done % cfg.save_every == 0 or done == cfg.steps:
-            save_checkpoint(run, done, progress, model, optimizer, rank)
+        if step % cfg.save_every == 0 or step == cfg.steps:
+            save_checkpoint(run, progress, model, optimizer, rank)
         clock.phase("save")
         metrics |= clock.read()
-        log.step(done, metrics | report.speeds(metrics, device, world), scores)
+        log.step(step, metrics | report.speeds(metrics, device, world), scores)
     log.close()
 
-    if stop.asked:
-        save_checkpoint(run, step, progress, model, optimizer, rank)
+    if step < cfg.steps:
+        save_checkpoint(run, progress, model, optimizer, rank)
         log.say(f"stopped by a signal at step {step} of {cfg.steps}; the same command goes on from there")
     else:
         export(run, model, model_cfg, tokenizer, rank)

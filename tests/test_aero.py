@@ -5,16 +5,16 @@ train.py that carry decisions out (draw, collect) with a fake sampler and grader
 `formulas` states what every algorithm keeps and with which advantage, in plain arithmetic on counts and independently of
 aero.py. The published mistakes of other implementations (specification, section 4), and what keeps them out:
 
- 1 gradient depends on micro-batches   test_update_does_not_depend_on_micro_batches, test_loss_of_parts_is_loss_of_whole;
-                                       on the number of ranks: tests/test_train.py
- 2 EOS never trained                   test_packed_trains_every_response_token: no mask is built from ids
- 3 temperature on one side             cannot occur: one Config.temperature reaches Sampling and the forward pass, Sampling has
-                                       no defaults from a model folder; mismatch/kl is logged and tests/test_train.py bounds it
+ 1 gradient depends on micro-batches   test_loss_of_parts_is_loss_of_whole; through the model, and on the number of ranks:
+                                       test_train.py, test_micro_batches_do_not_matter, test_two_ranks_equal_one
+ 2 EOS never trained                   no mask is built from ids: test_train.py, test_masks_come_from_lengths and others
+ 3 temperature on one side             cannot occur: one Config.temperature reaches Sampling and the forward pass, and Sampling
+                                       takes nothing from a model folder; test_rollout.py compares recorded and recomputed logps
  4 truncated rollouts                  test_truncated_is_wrong_and_trained
  5 groups of unequal size              test_token_weights_of_unequal_groups, test_every_pattern: groups are index arrays
  6 a group of one                      test_every_pattern begins at n = 1, test_settings_that_contradict_each_other
- 7 loops without a cap                 test_refill_stops_at_its_cap, test_rounds_of_every_pattern
- 8 a rank with nothing to train on     test_rank_with_nothing_takes_part; with real ranks: tests/test_train.py
+ 7 loops without a cap                 test_refill_stops_at_its_cap, test_rescue_budgets, test_rounds_of_every_pattern
+ 8 a rank with nothing to train on     test_rank_with_nothing_takes_part; with real ranks: test_train.py
 """
 
 import collections
@@ -449,7 +449,7 @@ def test_loss_of_parts_is_loss_of_whole():
 
 # ------------------------------------------------------------------------------------- through training, on a tiny model
 
-V, EOS = 16, 0      # token 0 ends a response and could as well be the pad token: nothing may depend on it
+V, EOS = 16, 0
 
 
 def group(place, outcomes, truncated=(), seed=0):
@@ -517,15 +517,6 @@ def test_flat_groups_are_learned_from(tiny, right):
     assert train.choose(groups, 0, train.Config(algo="aero", posterior=False))[0] == []
 
 
-def test_update_does_not_depend_on_micro_batches(tiny):
-    groups = [group(place, outcomes) for place, outcomes in enumerate(([1] * 8, [0] * 16, [1, 0, 0, 0] * 2, [1, 0] * 4))]
-    results = [learn(tiny, groups, micro_tokens=n) for n in (10000, 60, 1)]
-    for metrics, _, after, _, _ in results[1:]:
-        assert metrics["optim/grad_norm"] == pytest.approx(results[0][0]["optim/grad_norm"], rel=1e-5)
-        assert metrics["loss/policy"] == pytest.approx(results[0][0]["loss/policy"], abs=1e-7)
-        torch.testing.assert_close(after, results[0][2], rtol=0, atol=2e-5)
-
-
 def test_rank_with_nothing_takes_part(tiny):
     """One rollout for two ranks: both get one micro-batch, the second with weight zero and a gradient of zero."""
     one = [group(0, [1])]
@@ -541,26 +532,6 @@ def test_rank_with_nothing_takes_part(tiny):
     logp_R, _ = model(t["ids_T"], t["cu"], t["max_len"], t["targets_R"], t["rows_R"])
     aero.policy_loss(logp_R, logp_R.detach(), t["adv_R"], t["weight_R"], 0.2, 0.2)[0].backward()
     assert all(not p.grad.full_tensor().any() for p in model.parameters())      # there, and zero
-
-
-def test_pack_gives_every_rank_as_many_micro_batches():
-    rng = np.random.default_rng(0)
-    for world, count in itertools.product((1, 2, 3, 8), (1, 2, 7, 40)):
-        lengths = rng.integers(1, 120, count).tolist()
-        shares = train.pack(lengths, world, 100)
-        assert len(shares) == world and len({len(share) for share in shares}) == 1
-        assert sorted(i for share in shares for micro in share for i in micro) == list(range(count))
-        assert all(len(micro) < 2 or sum(lengths[i] for i in micro) <= 100 for share in shares for micro in share)
-
-
-def test_packed_trains_every_response_token():
-    """EOS at the end, and the same id in the middle, are tokens like any other."""
-    long, short = ((7, 8), [5, EOS, 6, EOS], [-1.0, -2.0, -3.0, -4.0], 0.5), ((9,), [EOS], [-5.0], -1.0)
-    t = train.packed([train.Trained(0, *long), train.Trained(1, *short)], [0.25, 0.5], "cpu")
-    assert t["ids_T"].tolist() == [7, 8, 5, EOS, 6, EOS, 9, EOS] and t["cu"].tolist() == [0, 6, 8]
-    assert t["targets_R"].tolist() == [5, EOS, 6, EOS, EOS] and t["rows_R"].tolist() == [1, 2, 3, 4, 6]
-    assert t["targets_R"].tolist() == t["ids_T"][t["rows_R"] + 1].tolist()
-    assert t["weight_R"].tolist() == [0.25] * 4 + [0.5] and t["adv_R"].tolist() == [0.5] * 4 + [-1.0]
 
 
 def test_truncated_is_wrong_and_trained():
