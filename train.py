@@ -99,7 +99,7 @@ class Config(aero.Settings):
         for name in ("lr", "temperature", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: wanted a number above 0")
-        for name in ("warmup", "weight_decay", "eval_limit"):
+        for name in ("warmup", "weight_decay", "eval_limit", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: wanted 0 or more")
         if Path(self.name).name != self.name or self.name.startswith("."):
@@ -263,8 +263,10 @@ def collect(cursor, problems, cfg, rank, world, draw_all, stop) -> tuple[list[Gr
             break
         waited += run([(g, share[g.place]) for g in groups if share.get(g.place)])
     for _ in range(cfg.refill_cap * algo.refill):
+        if any(gather(stop.asked)):     # groups may be incomplete
+            break
         missing = cfg.problems - sum(gather(sum(not aero.is_flat(g.rewards) for g in groups)))
-        if missing == 0 or any(gather(stop.asked)):
+        if missing == 0:
             break
         fresh, taken = take(range(taken, taken + missing)), taken + missing
         groups += fresh

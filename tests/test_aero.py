@@ -376,6 +376,8 @@ def test_deal():
         share = aero.deal(waiting, spare, settings(n_extra=n_extra, n_total=16))
         assert len(share) == waiting and sum(share) == min(spare, waiting * n_extra)
         assert share == sorted(share, reverse=True) and all(0 <= x <= n_extra for x in share)
+    for n in (16, 17, 40):      # a group that the pool let grow past n_total asks for nothing by itself
+        assert aero.ALGORITHMS["aero"].more(rewards(0, n), settings(rescue_budget="pool")) == 0
 
 
 # --------------------------------------------------------------------------------------------------------- the loss
