@@ -27,8 +27,8 @@ from model import Model, ModelConfig, save_folder
 RECIPE = dict(
     shape=dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1,
                max_position_embeddings=256, rope_theta=10000.0),
-    corpus=dict(levels=7, problems=9000, seeds=3, slip=0.1, slips_from=620),
-    batch=64, steps=750, lr=3e-3, warmup=50, seed=0, version=2,
+    corpus=dict(levels=7, problems=9000, seeds=3, slip=0.12, slips_from=620),
+    batch=64, steps=750, lr=3e-3, warmup=50, seed=0, version=3,
 )
 
 
@@ -59,14 +59,14 @@ def base_config(tokenizer) -> ModelConfig:
 
 def with_slips(solution: str, rate: float, rng: random.Random) -> str:
     """
-    The worked solution, where the result of line j = 1, 2, ... is off by a little with probability `rate` x j, and the lines
-    after it go on from the slip: consistent to the end, and wrong. Long solutions go astray more often than short ones.
+    The worked solution, where the result of line j = 0, 1, ... is off by a little with probability `rate` x j, and the lines
+    after it go on from the slip: consistent to the end, and wrong. Long solutions go astray far more often than short ones.
 
     >>> with_slips("7+5=12\\n12*3=36\\n\\\\boxed{36}", 0.0, random.Random(0))
     '7+5=12\\n12*3=36\\n\\\\boxed{36}'
     """
     lines, value = [], None
-    for number, line in enumerate(solution.split("\n")[:-1], 1):
+    for number, line in enumerate(solution.split("\n")[:-1]):
         left, _ = line.split("=")
         operator = next(c for c in left if c in "+-*")
         a, b = left.split(operator)

@@ -14,7 +14,7 @@ the copy bandwidth and the bf16 matrix rate measured in the same process, their 
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ class Bench(train.Config):
     n: int = knob(16, "rollouts of each (sampler, learner)")
     prompt_len: int = knob(128, "tokens of a prompt")
     new: int = knob(512, "tokens of every response")
+    ragged: bool = knob(False, "step: lengths from a heavy-tailed distribution with mean new / 5 and largest value new")
     repeats: int = knob(2, "timed repetitions after one warm-up; the median is reported")
 
 
@@ -81,8 +82,20 @@ def median_of(action, device, repeats: int) -> float:
     return float(np.median([timed(action, device) for _ in range(repeats)]))
 
 
-class FullLength(Sampler):
-    """Without stop ids every rollout runs to its max_new, and that is its length, not a truncation."""
+class SetLength(Sampler):
+    """
+    Without stop ids every rollout runs to its max_new, and that is its length, not a truncation. `ragged`: lengths are
+    log-normal with sigma 0.8 and a mean of max_new / 5, cut at max_new, the same for a (problem, index) every time.
+    """
+
+    ragged = False
+
+    def add(self, requests):
+        super().add(replace(r, max_new=self.length(r)) if self.ragged else r for r in requests)
+
+    def length(self, request) -> int:
+        rng = np.random.default_rng([self.seed, request.problem, request.index])
+        return int(np.clip(rng.lognormal(np.log(request.max_new / 5) - 0.8**2 / 2, 0.8), 1, request.max_new))
 
     def step(self):
         finished = super().step()
@@ -93,8 +106,9 @@ class FullLength(Sampler):
 
 def random_sampler(cfg, model_cfg, device) -> Sampler:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sampler = FullLength(model_cfg, min(cfg.slots, cfg.prompts * cfg.n), cfg.prompt_len + cfg.new, (), device, dtype)
+    sampler = SetLength(model_cfg, min(cfg.slots, cfg.prompts * cfg.n), cfg.prompt_len + cfg.new, (), device, dtype)
     sampler.model.init_weights()
+    sampler.ragged = cfg.ragged
     return sampler
 
 
@@ -232,8 +246,10 @@ def main() -> int:
     rank, world, device = train.start_ranks()
     bandwidth, rate = ceilings(device)
     result = modes[sys.argv[1]](cfg, model_cfg, device, bandwidth, rate)
-    result |= dict(ratio=result["measured"] / result["ceiling"], bench=sys.argv[1], shape=cfg.shape, algo=cfg.algo, world=world,
-                   prompts=cfg.prompts, n=cfg.n, prompt_len=cfg.prompt_len, new=cfg.new, bandwidth=bandwidth, matrix_rate=rate)
+    result |= dict(bench=sys.argv[1], ratio=result["measured"] / result["ceiling"], bandwidth=bandwidth, matrix_rate=rate,
+                   world=world)
+    for name in ("shape", "algo", "prompts", "n", "prompt_len", "new", "ragged", "rescue_barrier"):
+        result[name] = getattr(cfg, name)
     if device.type == "cuda":
         result |= dict(peak_mem_gib=torch.cuda.max_memory_allocated() / 2**30, device=torch.cuda.get_device_name())
     if rank == 0:

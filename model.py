@@ -490,11 +490,19 @@ def forward_flops(cfg: ModelConfig, tokens: float, context: float) -> float:
 @torch.no_grad()
 def load_weights(model: Model, folder: str | Path) -> None:
     """Copies model.safetensors, or the shards of model.safetensors.index.json, into the model's own tensors (cast to
-    their dtype). Everything is checked before the first byte is copied: FileNotFoundError for a missing file,
-    ValueError for a damaged one and for missing, unexpected or mis-shaped tensors, each naming file and tensor."""
-    folder, wanted = Path(folder), dict(model.named_parameters())
-    if any(p.is_meta for p in wanted.values()):
+    their dtype). Everything is checked before the first byte is copied, see find_weights."""
+    if any(p.is_meta for p in model.parameters()):
         raise ValueError("load_weights needs memory to write to, this model is on the meta device (use to_empty first)")
+    found = find_weights(model, folder)
+    for name, p in model.named_parameters():
+        p.copy_(found[name][1].get_tensor(name))
+
+
+def find_weights(model: Model, folder: str | Path) -> dict:
+    """{name: (path, open shard)} of the model's tensors, which may be on the meta device; nothing is read but headers.
+    FileNotFoundError for a missing file, ValueError for a damaged one and for missing, unexpected or mis-shaped tensors,
+    each naming file and tensor."""
+    folder, wanted = Path(folder), dict(model.named_parameters())
     found = {}  # name -> the open shard that holds it
     for path in weight_files(folder):
         try:
@@ -517,8 +525,7 @@ def load_weights(model: Model, folder: str | Path) -> None:
             raise ValueError(
                 f"{path}: {name} is {part.get_dtype()} {part.get_shape()}, floating point {shape} is wanted by config.json"
             )
-    for name, p in wanted.items():
-        p.copy_(found[name][1].get_tensor(name))
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:

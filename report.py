@@ -111,10 +111,12 @@ def header(cfg, run, model_cfg, parameters, problems, held_out, world, device, s
 
 
 def keep_rows_until(path: Path, step: int) -> None:
-    """Rows of steps that a resumed run will do again are dropped."""
+    """Rows of steps that a resumed run will do again are dropped, and a last one that a kill cut short."""
     if path.is_file():
-        rows = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{row}\n" for row in rows))
+        whole = path.read_text().split("\n")[:-1] if step else []      # from step 0 it also evaluates again
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(f"{row}\n" for row in whole if json.loads(row)["step"] <= step))
+        partial.rename(path)
 
 
 class Log:

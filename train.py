@@ -50,7 +50,7 @@ import eval
 import report
 from aero import knob
 from base import base_config, base_model, character_tokenizer
-from model import Model, ModelConfig, load_weights, resolve, save_folder
+from model import Model, ModelConfig, find_weights, load_weights, resolve, save_folder
 from reward import Grader, Verdict
 from rollout import Request, Rollout, Sampler, Sampling
 
@@ -72,9 +72,9 @@ class Config(aero.Settings):
     graders: int = knob(1, "grading processes per rank")
     rescue_barrier: bool = knob(False, "start no round before all problems have finished theirs; slower, same rollouts")
     # learning
-    steps: int = knob(60, "optimizer batches")
+    steps: int = knob(120, "optimizer batches")
     updates_per_batch: int = knob(1, "optimizer steps on each batch; above 1 the ratio is against the sampler's log-probs")
-    lr: float = knob(1e-3, "learning rate after warm-up, constant")
+    lr: float = knob(3e-4, "learning rate after warm-up, constant")
     warmup: int = knob(5, "steps of linear warm-up")
     weight_decay: float = knob(0.0, "of AdamW, on matrices")
     grad_clip: float = knob(1.0, "largest gradient norm")
@@ -84,14 +84,17 @@ class Config(aero.Settings):
     seed: int = knob(0, "root of every random stream")
     out: str = knob("out", "folder for runs and the embedded base model")
     name: str = knob("", "folder of this run under --out; empty: MODEL-ALGO-sSEED")
-    eval_every: int = knob(20, "steps between evaluations; there is one before step 0 and one at the end")
+    eval_every: int = knob(40, "steps between evaluations; there is one before step 0 and one at the end")
     eval_k: int = knob(8, "responses per problem in an evaluation")
     eval_limit: int = knob(0, "problems per evaluation set, 0: all")
-    save_every: int = knob(20, "steps between checkpoints; there is one at the end")
-    show_every: int = knob(20, "steps between sample rollouts on the console")
+    save_every: int = knob(40, "steps between checkpoints; there is one at the end")
+    show_every: int = knob(40, "steps between sample rollouts on the console")
 
     def check(self):
         super().check()
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--{name} {value}: wanted a finite number")
         for name in ("problems", "max_new", "slots", "graders", "steps", "updates_per_batch", "micro_tokens", "eval_every",
                      "eval_k", "save_every", "show_every"):
             if getattr(self, name) < 1:
@@ -121,24 +124,28 @@ def parse(argv) -> Config:
         raise ValueError(message)
 
     parser.error = refuse
-    files, flags = [a for a in argv if a.endswith(".json")], [a for a in argv if not a.endswith(".json")]
+    known, rest = Config.__dataclass_fields__, parser.parse_known_args(argv)[1]
+    files, unknown = [a for a in rest if a.endswith(".json")], [a for a in rest if not a.endswith(".json")]
+    if unknown:
+        raise ValueError(f"unknown {' '.join(unknown)}; known are {' '.join('--' + name for name in sorted(known))}")
     given = {}
     for file in files:
         try:
-            given |= json.loads(Path(file).read_text())
+            found = json.loads(Path(file).read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"settings file {file}: {error}") from None
-    known = {f for f in Config.__dataclass_fields__}
-    if given.keys() - known:
-        raise ValueError(f"settings file {' '.join(files)}: unknown {', '.join(sorted(given.keys() - known))}")
-    parser.set_defaults(**given)
-    first, unknown = parser.parse_known_args(flags)
-    if unknown:
-        raise ValueError(f"unknown {' '.join(unknown)}; known are {' '.join('--' + name for name in sorted(known))}")
-    # Weakest first: Config, what a pretrained model changes, what the algorithm's authors published, files, flags.
+        if not isinstance(found, dict):
+            raise ValueError(f"settings file {file}: found a JSON {type(found).__name__}, wanted an object")
+        if found.keys() - known:
+            raise ValueError(f"settings file {file}: unknown {', '.join(sorted(found.keys() - known))}")
+        given |= found
+    # Weakest first: Config, what a pretrained model changes, what the algorithm's authors published, files, flags. What a
+    # file says goes the way of a flag, so its types are checked like a flag's.
+    flags = [f"--{name}={value}" for name, value in given.items()] + [a for a in argv if a not in files]
+    first = parser.parse_args(flags)
     aero.need_known(first.algo)
-    parser.set_defaults(**(PRETRAINED if first.model else {}) | aero.ALGORITHMS[first.algo].defaults | given)
-    (cfg,) = parser.parse_args_into_dataclasses(flags)
+    parser.set_defaults(**(PRETRAINED if first.model else {}) | aero.ALGORITHMS[first.algo].defaults)
+    (cfg,) = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
     cfg.name = cfg.name or f"{Path(cfg.model).name or 'tiny'}-{cfg.algo}-s{cfg.seed}"
     cfg.check()
     return cfg
@@ -456,6 +463,8 @@ def learner_state(model, optimizer) -> dict:
 def save_checkpoint(run: Path, progress: dict, model, optimizer, rank: int) -> None:
     """A fresh folder, renamed when all of it is on disk; then all but the last two are removed."""
     final = run / "checkpoints" / f"step_{progress['step']}"
+    if gather(final.is_dir())[0]:   # stopped right after a resume: the same state is there
+        return
     partial = final.with_suffix(".partial")
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -466,7 +475,6 @@ def save_checkpoint(run: Path, progress: dict, model, optimizer, rank: int) -> N
             json.dump(progress, file)
             file.flush()
             os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in checkpoints(run)[:-2]:
             shutil.rmtree(old)
@@ -558,6 +566,8 @@ def prepare(cfg: Config):
     """(config, tokenizer, problems, {name: problems to evaluate on}). All that can be wrong with the input is found here."""
     if cfg.model:
         model_cfg = ModelConfig.from_folder(resolve(cfg.model))
+        with torch.device("meta"):
+            find_weights(Model(model_cfg), resolve(cfg.model))
         tokenizer = eval.load_tokenizer(resolve(cfg.model), model_cfg.vocab_size)
     else:
         tokenizer = character_tokenizer()
@@ -567,9 +577,13 @@ def prepare(cfg: Config):
         raise ValueError(f"--max_new {cfg.max_new} leaves no room for a prompt in the model's context of "
                          f"{model_cfg.max_position_embeddings} tokens")
     problems = data.load(cfg.data, tokenizer, cfg.template, max_prompt=room)
-    specs = [spec for spec in cfg.eval_data.split(",") if spec]
-    held_out = [data.load(spec, tokenizer, cfg.template, cfg.eval_limit, max_prompt=room) for spec in specs]
-    return model_cfg, tokenizer, problems, {p.report.name: p for p in held_out}
+    held_out = {}
+    for spec in filter(None, cfg.eval_data.split(",")):
+        some = data.load(spec, tokenizer, cfg.template, cfg.eval_limit, max_prompt=room)
+        if some.report.name in held_out:
+            raise ValueError(f"--eval_data {cfg.eval_data}: two sets of the name {some.report.name}")
+        held_out[some.report.name] = some
+    return model_cfg, tokenizer, problems, held_out
 
 
 def evaluate(folder: Path, step: int, held_out, cfg, sampler, grader, tokenizer, rank, world) -> dict[str, dict]:
@@ -631,9 +645,8 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
     scores = score(step)
     if step == 0:
         log.metrics(0, eval_metrics(scores))
+    clock = Clock(device)
     while step < cfg.steps:
-        clock = Clock(device)
-
         # Sample and grade. The policy does not move until the update, so a signal in here costs only this step's rollouts.
         sampler.begin(cfg.seed * 2**32 + step, Sampling(cfg.temperature))
         groups, cursor, waited = collect(progress["cursor"], problems, cfg, rank, world, draw_all, stop)
@@ -672,11 +685,12 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
             scores = score(step)
             metrics |= eval_metrics(scores)
         clock.phase("eval")
-        if step % cfg.save_every == 0 or step == cfg.steps:
-            save_checkpoint(run, progress, model, optimizer, rank)
-        clock.phase("save")
         metrics |= clock.read()
         log.step(step, metrics | report.speeds(metrics, device, world), scores)
+        clock = Clock(device)   # The row is on disk before the checkpoint is, or a kill between them would lose it: the
+        if step % cfg.save_every == 0 or step == cfg.steps:     # time of a save belongs to the next row.
+            save_checkpoint(run, progress, model, optimizer, rank)
+        clock.phase("save")
     log.close()
 
     if step < cfg.steps:

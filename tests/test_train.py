@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import aero
 import base
+import data
 import report
 import train
 from model import Model, ModelConfig, load_weights
@@ -40,7 +42,15 @@ NAN = float("nan")
 # ------------------------------------------------------------------------------------------------------------- runs
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["test_train"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server():
+    """It gets its path from the environment: Python 3.11 to 3.13 do not hand on sys.path to what it imports first."""
+    SERVER.set_forkserver_preload(["test_train"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
 
 
 def one_rank(argv, environment, output, hook):
@@ -177,7 +187,7 @@ def test_a_json_data_file_is_no_settings_file(tmp_path):
     assert parse(["--data", str(file)]).data == str(file)
 
 
-@pytest.mark.parametrize("settings", ["[]", "3", '{"steps": [1]}', '{"steps": 2.5}', '{"model": null}', '{"rescue": 7}', "{"])
+@pytest.mark.parametrize("settings", ["[]", "3", '{"steps": [1]}', '{"steps": 2.5}', '{"rescue": 7}', "{"])
 def test_settings_of_a_wrong_type(tmp_path, settings):
     file = tmp_path / "settings.json"
     file.write_text(settings)
@@ -578,7 +588,9 @@ def test_what_a_run_leaves_behind(reference):
     kept = json.loads((reference.folder / "config.json").read_text())
     assert kept["settings"]["n_total"] == 8 and kept["versions"]["torch"] == torch.__version__ and kept["world_size"] == 1
     samples = [json.loads(line) for line in (reference.folder / "rollouts.jsonl").read_text().splitlines()]
-    assert {s["step"] for s in samples} == {1, 2, 3, 4} and any(s["kept"] for s in samples)
+    assert any(s["kept"] for s in samples)
+    order = [data.batch(40, 0, place, 1)[0] for place in range(4 * 6)]  # six problems a step, each step goes on in the order
+    assert {s["step"]: s["problem"] for s in samples} == {step: order[6 * (step - 1) + step % 6] for step in range(1, 5)}
     assert "Traceback" not in reference.text and "step 4/4 | reward" in reference.text and "avg@2" in reference.text
 
 
@@ -603,55 +615,38 @@ def test_transformers_loads_the_model(reference, student):
 # ------------------------------------------------------------------------------------- whole runs: stopped and resumed
 
 
-def after_step(step, act):
-    """Arranges act() right after the row of `step` is in metrics.jsonl."""
-    log_step = report.Log.step
-
-    def wrapped(log, number, *rest):
-        log_step(log, number, *rest)
-        if number == step:
-            act()
-
-    report.Log.step = wrapped
-
-
-def signal_self(number):
-    os.kill(os.getpid(), number)
-
-
-def killed_after(step):
-    after_step(step, functools.partial(signal_self, signal.SIGKILL))
-
-
-def in_phase(name, call, act, rank=None):
-    """Arranges act() inside the given call (from 1) of train.NAME, on one rank or on all."""
-    inner, count = getattr(train, name), iter(range(1, 1000))
+def accident(name, call, kind=signal.SIGKILL, rank=None, late=False):
+    """Arranges a signal in the given call (from 1) of train.NAME, before its work or after it, on one rank or on all."""
+    *path, last = name.split(".")
+    owner = functools.reduce(getattr, path, train)
+    inner, count = getattr(owner, last), iter(range(1, 1000))
 
     def wrapped(*args, **kwargs):
-        if next(count) == call and rank in (None, int(os.environ.get("RANK", 0))):
-            act()
-        return inner(*args, **kwargs)
+        now = next(count) == call and rank in (None, int(os.environ.get("RANK", 0)))
+        if now and not late:
+            os.kill(os.getpid(), kind)
+        result = inner(*args, **kwargs)
+        if now and late:
+            os.kill(os.getpid(), kind)
+        return result
 
-    setattr(train, name, wrapped)
+    setattr(owner, last, wrapped)
 
 
-def terminated_in(name, call, rank=None):
-    in_phase(name, call, functools.partial(signal_self, signal.SIGTERM), rank)
+killed = functools.partial(functools.partial, accident, kind=signal.SIGKILL)
+terminated = functools.partial(functools.partial, accident, kind=signal.SIGTERM)
 
 
 def terminated_while_drawing(step, rank=None):
-    """TERM between two tokens of a step."""
-    def soon():
-        sampler_step, count = train.Sampler.step, iter(range(1000))
+    """TERM between the third and the fourth token of a step's rollouts."""
+    draw, count = train.draw, iter(range(1, 1000))
 
-        def wrapped(sampler):
-            if next(count) == 3:
-                signal_self(signal.SIGTERM)
-            return sampler_step(sampler)
+    def wrapped(*args):
+        if next(count) == step:
+            accident("Sampler.step", 4, signal.SIGTERM, rank)
+        return draw(*args)
 
-        train.Sampler.step = wrapped
-
-    in_phase("draw", step, soon, rank)
+    train.draw = wrapped
 
 
 @pytest.mark.slow
@@ -666,7 +661,7 @@ def test_a_complete_run_says_so(reference, flags):
 @pytest.mark.slow
 def test_killed_and_resumed(reference, out, flags):
     """SIGKILL after step 3, one step behind the last checkpoint. What a crash may leave beside it is not taken for one."""
-    run = Run(out / "killed", flags, hook=functools.partial(killed_after, 3))
+    run = Run(out / "killed", flags, hook=killed("report.Log.step", 3, late=True))
     assert run.wait() == -signal.SIGKILL and [row["step"] for row in run.rows] == [0, 1, 2, 3]
     assert run.checkpoints == ["step_2"]
     shutil.copytree(run.folder / "checkpoints" / "step_2", run.folder / "checkpoints" / "step_4.partial")
@@ -679,10 +674,25 @@ def test_killed_and_resumed(reference, out, flags):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hook", [
+    killed("choose", 4),
+    killed("dcp.save", 1), killed("dcp.save", 2, late=True), killed("save_checkpoint", 2, late=True),
+    killed("report.Log.step", 2), killed("report.Log.step", 4),
+    killed("eval.save", 2), killed("eval.save", 3, late=True), killed("export", 1), killed("save_folder", 1, late=True),
+], ids=lambda hook: " ".join(map(str, [*hook.args, *["late"] * hook.keywords.get("late", False)])))  # fmt: skip
+def test_killed_anywhere(reference, out, flags, hook, request):
+    """Whatever a SIGKILL interrupts, the same command goes on to the same end. Between the checkpoint of a step and its row
+    in metrics.jsonl, the row was lost."""
+    folder = out / f"killed-{request.node.callspec.id.replace(' ', '-')}"
+    assert Run(folder, flags, hook=hook).wait() == -signal.SIGKILL
+    same_run(finished(folder, flags), reference)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("hook, at", [
     (functools.partial(terminated_while_drawing, 3), 2),
-    (functools.partial(terminated_in, "update", 2), 2),
-    (functools.partial(terminated_in, "update", 4), 4),
+    (terminated("update", 2), 2),
+    (terminated("update", 4), 4),
 ], ids=["drawing step 3", "updating step 2", "updating the last step"])  # fmt: skip
 def test_terminated_and_resumed(reference, out, flags, hook, at, request):
     """The steps that were done are saved under their own number, also those of a run that had ended anyway: the last
@@ -771,6 +781,21 @@ def test_torchrun_equals_one_process(reference, out, flags):
     assert code == 0, (out / "torchrun.txt").read_text()
     rows = [json.loads(line) for line in (out / "torchrun" / "metrics.jsonl").read_text().splitlines()]
     same_numbers(rows, reference.rows[:3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [
+    ["--slots", 3], ["--rescue_barrier"], ["--checkpoint_activations"], ["--micro_tokens", 60], ["--graders", 2],
+], ids=lambda more: more[0][2:])  # fmt: skip
+def test_what_only_changes_the_speed(reference, out, flags, more):
+    same_numbers(finished(out / f"speed-{more[0][2:]}", [*flags, *more]).rows, reference.rows)
+
+
+@pytest.mark.slow
+def test_one_temperature(out, flags):
+    """Of the sampler and the learner: their log-probs agree at 0.7."""
+    run = finished(out / "cool", [*flags, "--temperature", 0.7, "--steps", 2, "--eval_limit", 2])
+    assert all(row["mismatch/max_abs"] < 1e-5 and abs(row["mismatch/kl"]) < 1e-8 for row in run.rows[1:])
 
 
 RAGGED = {
