@@ -251,14 +251,14 @@ def series(rows: list[dict], key: str) -> dict[int, float]:
     return {row["step"]: row[key] for row in rows if key in row}
 
 
-def band(axis, xs, ys, colour, label=None, **style):
+def band(axis, xs, ys, colour, **style):
     """Mean of several seeds, and their range. xs, ys: one {step: value} per seed; drawn at the steps all of them have."""
     steps = sorted(set.intersection(*(set(y) & set(x) for x, y in zip(xs, ys))))
     if not steps:
         return
     x = np.mean([[x[s] for s in steps] for x in xs], axis=0)
     y = np.array([[y[s] for s in steps] for y in ys])
-    axis.plot(x, y.mean(0), color=colour, label=label, **style)
+    axis.plot(x, y.mean(0), color=colour, **style)
     if len(ys) > 1:
         axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
 
@@ -275,7 +275,7 @@ def curves(folders: list[Path], png: Path) -> None:
     for folder in folders:
         label, rows = read_run(Path(folder))
         settings[label].append(rows)
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for (label, runs), colour in zip(settings.items(), COLOURS * 9):
         score = next((k for row in runs[0] for k in row if k.startswith("eval/") and k.endswith("/avg_at_k")), None)
         steps = [{row["step"]: row["step"] for row in rows} for rows in runs]
@@ -283,25 +283,22 @@ def curves(folders: list[Path], png: Path) -> None:
         clock = [running(rows, {"time/step": 1, "time/eval": -1}) for rows in runs]
         for axis, xs in zip(axes[0], (steps, spent, clock)):
             if score:
-                band(axis, xs, [series(rows, score) for rows in runs], colour, label, marker="o", markersize=4)
-                axis.set_ylabel(score.removeprefix("eval/").replace("/avg_at_k", ", avg@k"))
-        band(axes[1, 0], steps, [smooth(series(rows, "reward/mean")) for rows in runs], colour, label)
-        for key, style in (("rollout/drawn", "-"), ("rollout/trained", "--")):
-            text = key.removeprefix("rollout/")
-            band(axes[1, 1], steps, [smooth(series(rows, key)) for rows in runs], colour, f"{label}, {text}", linestyle=style)
-        for key, style in (("group/all_wrong_frac", "-"), ("group/all_right_frac", "--")):
-            text = key[6:-5].replace("_", " ")
-            band(axes[1, 2], steps, [smooth(series(rows, key)) for rows in runs], colour, f"{label}, {text}", linestyle=style)
-    labels = (("steps", ""), ("FLOPs, generation and training", ""), ("seconds without evaluation", ""),
-              ("steps", "reward of what was drawn"), ("steps", "rollouts per step"), ("steps", "flat share of first rounds"))
+                band(axis, xs, [series(rows, score) for rows in runs], colour, marker="o", markersize=4)
+        axes[0, 0].plot([], [], color=colour, label=label)
+        for axis, key, style in ((axes[1, 0], "reward/mean", "-"), (axes[1, 1], "rollout/drawn", "-"),
+                                 (axes[1, 1], "rollout/trained", "--"), (axes[1, 2], "group/all_wrong_frac", "-"),
+                                 (axes[1, 2], "group/all_right_frac", "--")):
+            band(axis, steps, [smooth(series(rows, key)) for rows in runs], colour, linestyle=style)
+    held_out = f"held-out avg@k, {score.split('/')[1]}" if score else ""
+    labels = (("steps", held_out), ("FLOPs, generation and training", ""), ("seconds without evaluation", ""),
+              ("steps", "reward of what was drawn"), ("steps", "rollouts per step (dashed: trained)"),
+              ("steps", "all wrong at first (dashed: right)"))
     for axis, (x, y) in zip(axes.flat, labels):
-        axis.set_xlabel(x)
-        axis.set_ylabel(y or axis.get_ylabel())
+        axis.set(xlabel=x, ylabel=y)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        if len(settings) > 1 or axis.get_legend_handles_labels()[1][1:]:
-            axis.legend(fontsize=8, frameon=False)
     axes[1, 1].set_ylim(bottom=0)
+    figure.legend(loc="outside upper center", ncols=len(settings), frameon=False)
     figure.savefig(png, dpi=120)
     plt.close(figure)
 

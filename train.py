@@ -84,7 +84,7 @@ class Config(aero.Settings):
     seed: int = knob(0, "root of every random stream")
     out: str = knob("out", "folder for runs and the embedded base model")
     name: str = knob("", "folder of this run under --out; empty: MODEL-ALGO-sSEED")
-    eval_every: int = knob(40, "steps between evaluations; there is one before step 0 and one at the end")
+    eval_every: int = knob(20, "steps between evaluations; there is one before step 0 and one at the end")
     eval_k: int = knob(8, "responses per problem in an evaluation")
     eval_limit: int = knob(0, "problems per evaluation set, 0: all")
     save_every: int = knob(40, "steps between checkpoints; there is one at the end")
