@@ -326,8 +326,8 @@ def policy_loss(logp_R, behaviour_R, adv_R, weight_R, clip_low: float, clip_high
     Clipped policy-gradient loss (PPO, 1707.06347 eq. 7), summed with the global weights of `token_weights`.
 
     logp_R: log-probs of the trained tokens under the weights being updated; behaviour_R: under those that the ratio is
-    taken against. On the first update these are logp_R.detach(), so that the ratio is exactly 1 and no second forward pass
-    is made. Returns (loss, share of tokens clipped (weighted), mean ratio (weighted)), all sums over R.
+    taken against. With one update per batch these are logp_R.detach(), so that the ratio is exactly 1 and no second forward
+    pass is made. Returns (loss, share of tokens clipped (weighted), mean ratio (weighted)), all sums over R.
     """
     ratio_R = torch.exp(logp_R - behaviour_R)
     clipped_R = ratio_R.clamp(1 - clip_low, 1 + clip_high)

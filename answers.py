@@ -317,7 +317,8 @@ class Parser:
         while self.kind in ("unit", "text", "word", "in"):
             for word in self.next()[1].split():
                 word = word.strip("().,/~").lower()
-                if word in STOP or count == 4 or not re.fullmatch(r"[a-z][a-z0-9/^\-']*", word):
+                prose = word in STOP or (names(value) and word not in UNITS)  # "n even" is more than n
+                if prose or count == 4 or not re.fullmatch(r"[a-z][a-z0-9/^\-']*", word):
                     raise NotMath("prose")
                 count += 1
             if self.eat("^"):

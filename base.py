@@ -9,6 +9,7 @@ to do every step and does not always do it: what reinforcement learning can mend
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import time
@@ -23,7 +24,8 @@ from transformers import Qwen2Tokenizer
 from data import arithmetic
 from model import Model, ModelConfig, save_folder
 
-# Everything that decides the weights. A change gives another folder, so a cached base is never stale.
+# What decides the weights; a change gives another folder, so a cached base is never stale. `version` stands for the code of
+# this file and of data.expression: raise it when they change.
 RECIPE = dict(
     shape=dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1,
                max_position_embeddings=256, rope_theta=10000.0),
@@ -126,9 +128,11 @@ def base_model(out: Path, device) -> Path:
     print(f"base model: {parameters:,} parameters, {solutions:,} worked solutions, "
           f"loss {loss.item():.3f} per token, {time.time() - begun:.0f} s -> {folder}")
 
-    partial = out / f"base-{digest}.tmp"
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = out / f"base-{digest}.{os.getpid()}.tmp"      # two runs may make the same base at once: the first one counts
     save_folder(partial, cfg, {name: p.detach().cpu() for name, p in model.named_parameters()}, tokenizer)
-    partial.rename(folder)
+    if folder.exists():
+        shutil.rmtree(partial)
+    else:
+        partial.rename(folder)
     return folder
 

@@ -151,10 +151,11 @@ def bench_learner(cfg, model_cfg, device, bandwidth, rate) -> dict:
     model, optimizer = train.make_learner(model_cfg, cfg, device, Model.init_weights)
     batch = random_batch(cfg, model_cfg)
     seconds = median_of(lambda: train.update(model, optimizer, batch, cfg.lr, cfg, rank, world, device), device, cfg.repeats)
-    tokens = len(batch) * (cfg.prompt_len + cfg.new)
-    flops = 3 * len(batch) * report.causal_flops(model_cfg, 0, [cfg.prompt_len + cfg.new])
+    tokens, peak = len(batch) * (cfg.prompt_len + cfg.new), report.peak_flops() if device.type == "cuda" else None
+    forward = report.prompt_flops(model_cfg, cfg.prompt_len) + report.response_flops(model_cfg, cfg.prompt_len, [cfg.new])
+    flops = 3 * len(batch) * forward
     return dict(figure="tokens_per_s", measured=tokens / seconds, ceiling=rate * world / (flops / tokens), seconds=seconds,
-                flops_per_s=flops / seconds / world, mfu=flops / seconds / world / 989e12)
+                flops_per_s=flops / seconds / world, mfu=flops / seconds / world / peak if peak else None)
 
 
 class SimulatedGrader:

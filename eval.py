@@ -1,7 +1,7 @@
 """
 Avg@k and Pass@k on benchmarks, alone or from train.py.
 
-    python eval.py --model out/default/model --data arithmetic:heldout --template none --max_new 128
+    python eval.py --model out/tiny-aero-s0/model --data arithmetic:heldout --template none --max_new 128
     python eval.py --model Qwen/Qwen2.5-Math-1.5B --data math500 aime24 my.jsonl --k 8 --max_new 3072
     torchrun --nproc_per_node 8 eval.py ...                       problems are spread over the ranks
     python eval.py --regrade out/eval/x/math500.jsonl             grades saved responses again, generates nothing

@@ -474,14 +474,14 @@ def token_logprobs(
     return TokenLogprobs.apply(hidden_RD, weight_VD, targets_R, temperature, chunk)
 
 
-def forward_flops(cfg: ModelConfig, tokens: float, context: float) -> float:
+def forward_flops(cfg: ModelConfig, tokens: float, context: float, predicted: float | None = None) -> float:
     """FLOPs of a forward pass over `tokens` tokens that attend to `context` keys, summed over the tokens (a sequence of
-    n tokens: n (n + 1) / 2). 2 per matrix parameter and token (head included; the embedding is a lookup), and per
-    layer, head and key 2 E for the score and 2 E for the mix: 4 L H E x context."""
+    n tokens: n (n + 1) / 2), with the head computed for `predicted` of them (None: all). 2 per matrix parameter and token
+    (the embedding is a lookup), and per layer, head and key 2 E for the score and 2 E for the mix: 4 L H E x context."""
     D, H, K, E = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
     block = D * (2 * H + 2 * K) * E + 3 * D * cfg.intermediate_size
-    matrix = cfg.num_hidden_layers * block + cfg.vocab_size * D
-    return 2.0 * matrix * tokens + 4.0 * cfg.num_hidden_layers * H * E * context
+    head = cfg.vocab_size * D * (tokens if predicted is None else predicted)
+    return 2.0 * (cfg.num_hidden_layers * block * tokens + head) + 4.0 * cfg.num_hidden_layers * H * E * context
 
 
 # --------------------------------------------------------------------------------------------------- files in and out

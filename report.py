@@ -26,9 +26,14 @@ import matplotlib.pyplot as plt
 # --------------------------------------------------------------------------------------------------------------------
 # Count
 
-def causal_flops(model_cfg, prompt: int, responses) -> float:
-    """Forward FLOPs of response tokens after a prompt whose keys are there already: token j sees prompt + j keys."""
-    n = np.asarray(responses, dtype=np.float64)
+def prompt_flops(model_cfg, n: int) -> float:
+    """Forward FLOPs of a prompt of n tokens: none of them is predicted, so none goes through the head."""
+    return forward_flops(model_cfg, n, n * (n + 1) / 2, predicted=0)
+
+
+def response_flops(model_cfg, prompt: int, lengths) -> float:
+    """Forward FLOPs of responses after a prompt whose keys are there already: token j sees prompt + j keys."""
+    n = np.asarray(lengths, dtype=np.float64)
     return forward_flops(model_cfg, n.sum(), (n * prompt + n * (n + 1) / 2).sum())
 
 
@@ -43,11 +48,11 @@ def count_flops(model_cfg, records: list[dict], cfg) -> tuple[float, float, floa
     passes = (4 if cfg.checkpoint_activations else 3) * cfg.updates_per_batch
     rollout = train = reference = 0.0
     for r in records:
-        prompt, lengths = causal_flops(model_cfg, 0, [r["prompt"]]), np.array(r["lengths"])
-        rollout += prompt + causal_flops(model_cfg, r["prompt"], lengths)
+        prompt, lengths = prompt_flops(model_cfg, r["prompt"]), np.array(r["lengths"])
+        rollout += prompt + response_flops(model_cfg, r["prompt"], lengths)
         kept = lengths[r["kept"]]
-        train += passes * (len(kept) * prompt + causal_flops(model_cfg, r["prompt"], kept))
-        one = causal_flops(model_cfg, r["prompt"], lengths) / len(lengths)
+        train += passes * (len(kept) * prompt + response_flops(model_cfg, r["prompt"], kept))
+        one = response_flops(model_cfg, r["prompt"], lengths) / len(lengths)
         reference += (prompt + cfg.n_reference * (one + passes * (prompt + one))) * cfg.problems / len(records)
     return rollout, train, reference
 
@@ -60,8 +65,8 @@ def describe(records: list[dict], model_cfg, cfg, totals: dict) -> dict:
     kept = sum(len(r["kept"]) for r in records)
     trained_tokens = sum(sum(r["lengths"][i] for i in r["kept"]) for r in records)
     rollout, train, reference = count_flops(model_cfg, records, cfg)
-    for name, value in (("drawn", len(lengths)), ("trained", kept), ("tokens", int(lengths.sum())), ("rollout_flops", rollout),
-                        ("train_flops", train), ("reference_flops", reference)):
+    for name, value in (("drawn", len(lengths)), ("trained", kept * cfg.updates_per_batch), ("tokens", int(lengths.sum())),
+                        ("rollout_flops", rollout), ("train_flops", train), ("reference_flops", reference)):
         totals[name] = totals.get(name, 0) + value
     return {
         "reward/mean": rewards.mean(), "reward/std": rewards.std(),
@@ -78,7 +83,7 @@ def describe(records: list[dict], model_cfg, cfg, totals: dict) -> dict:
         "compute/rollout_flops": rollout, "compute/train_flops": train,
         "compute/saved_frac": 1 - (totals["rollout_flops"] + totals["train_flops"]) / totals["reference_flops"],
     } | {f"reward/{reason}_frac": np.mean([x == reason for r in records for x in r["reasons"]])
-         for reason in ("unparsed", "timeout", "crash")}
+         for reason in ("unparsed", "limit", "timeout", "crash")}
 
 
 def first_round(record) -> np.ndarray:
@@ -96,6 +101,7 @@ def header(cfg, run, model_cfg, parameters, problems, held_out, world, device, s
     """What is about to run, before it does."""
     gpu = f"{torch.cuda.get_device_name(device)}, bf16" if device.type == "cuda" else "CPU, fp32"
     cache = sampler.cache.numel() * sampler.cache.element_size() / 2**30
+    copy = parameters * sampler.cache.element_size() / 2**30
     attention = "torch varlen and flash kernels" if device.type == "cuda" else "SDPA"
     sizes = f"L{model_cfg.num_hidden_layers} D{model_cfg.hidden_size} V{model_cfg.vocab_size}"
     sets = ", ".join(f"{name} ({len(p)})" for name, p in held_out.items()) or "nothing"
@@ -105,8 +111,8 @@ def header(cfg, run, model_cfg, parameters, problems, held_out, world, device, s
         f"problems  {problems.report}",
         f"          template {cfg.template}, evaluated on {sets}, {cfg.eval_k} responses each",
         f"device    {world} x {gpu}; attention by {attention}",
-        f"memory    per rank {parameters * 12 / world / 2**30:.2f} GiB of weights and optimizer, {cache:.2f} GiB of KV cache "
-        f"({cfg.slots} slots of {sampler.context} tokens)",
+        f"memory    per rank {parameters * 16 / world / 2**30:.2f} GiB of weights, gradients and optimizer, "
+        f"{copy:.2f} GiB of the sampler's copy, {cache:.2f} GiB of KV cache ({cfg.slots} slots of {sampler.context} tokens)",
     ])
 
 
@@ -127,6 +133,9 @@ class Log:
         if rank == 0:
             for name in ("metrics.jsonl", "rollouts.jsonl"):
                 keep_rows_until(run / name, start)
+            for path in (run / "eval").glob("*-step*.json*"):       # of a policy that is about to be trained again
+                if int(path.stem.rpartition("-step")[2]) > start:
+                    path.unlink()
             self.rows, self.samples = (open(run / name, "a", buffering=1) for name in ("metrics.jsonl", "rollouts.jsonl"))  # noqa: SIM115
             self.board = SummaryWriter(run / "tb", purge_step=start + 1)
         hidden = rank > 0 or not self.tty or start >= cfg.steps
@@ -190,16 +199,21 @@ class Log:
             self.samples.close()
 
 
-def speeds(metrics: dict, device, world: int) -> dict:
-    """Rates of one step. Tokens per second over all ranks; MFU of the update, of one rank's datasheet rate."""
+def peak_flops() -> float | None:
+    """The datasheet's rate of this GPU, if we know it."""
+    return next((rate for name, rate in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
+
+
+def speeds(metrics: dict, cfg, device, world: int) -> dict:
+    """Rates of one step. Tokens per second over all ranks; MFU of the update, without what is computed a second time."""
     decode = metrics["time/rollout"] + metrics["time/reward"]
     rates = {"perf/gen_tokens_per_s": metrics["rollout/tokens"] / decode,
              "perf/train_tokens_per_s": metrics["rollout/trained_tokens"] / metrics["time/update"]}
     if device.type == "cuda":
         rates["perf/peak_mem_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        peak = next((rate for name, rate in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
-        if peak:
-            rates["perf/mfu"] = metrics["compute/train_flops"] / metrics["time/update"] / peak / world
+        if peak := peak_flops():
+            needed = metrics["compute/train_flops"] * (3 / 4 if cfg.checkpoint_activations else 1)
+            rates["perf/mfu"] = needed / metrics["time/update"] / peak / world
     return rates
 
 

@@ -11,15 +11,16 @@ Two problems never wait for each other: a problem's next round is requested as s
 the sampler decodes those of the others. A decision is only taken on complete rounds; on half a round, the shorter half
 would decide.
 
-A run writes out/NAME/ and nothing else: config.json, metrics.jsonl (one object per step), rollouts.jsonl (samples), eval/,
-tb/, checkpoints/step_N/, model/ (Hugging Face folder), curves.png. The same command again continues from the last
-checkpoint. Nothing that decides the result depends on the number of ranks, on micro-batches or on who finished first:
+A run writes out/NAME/ and nothing else (the embedded base model is cached beside it): config.json, metrics.jsonl (one
+object per step), rollouts.jsonl (samples), eval/, tb/, checkpoints/step_N/, model/ (Hugging Face folder), curves.png. The
+same command again continues from the last checkpoint. Nothing that decides the result depends on the number of ranks, on micro-batches or on who finished first:
 random streams hang on (seed, step, problem, rollout, position), denominators are counted once over all ranks.
 
 Deviations from the paper, whose appendix was not public when this was written:
  1. n_explore 8, n_extra 2, n_total 16, n_same 4, Beta(1, 1) are our reading of its description.
  2. Strictly on-policy by default: one optimizer step per batch, so the ratio is exactly 1 and the clip never acts.
- 3. No KL term. 4. A truncated response is wrong whatever it says, and is trained on like any other wrong one.
+ 3. No KL term. 4. A truncated response is wrong whatever it says, and is trained on like any other wrong one;
+    evaluation grades it as it stands.
 
 Shapes: T packed tokens, S rollouts, R trained response tokens.
 """
@@ -117,7 +118,7 @@ PRETRAINED = dict(
 
 
 def parse(argv) -> Config:
-    """Flags and JSON files of settings; a later one wins. ValueError, one line, for anything unknown or contradictory."""
+    """Flags, and JSON files of settings, which flags override. ValueError, one line, for anything unknown or contradictory."""
     parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False)
 
     def refuse(message):
@@ -152,8 +153,8 @@ def parse(argv) -> Config:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Ranks. Collectives happen only in the functions of this section, in the update, in Sampler.load's argument and in
-# checkpoints, at the same places on every rank.
+# Ranks. Collectives happen in gather, collect, update, evaluate, full_weights and save_checkpoint, and never inside the
+# sampler or the grader: ranks decode different numbers of steps.
 
 def start_ranks() -> tuple[int, int, torch.device]:
     """One process is a world of one: the same path as under torchrun."""
@@ -670,7 +671,7 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
             metrics |= update(model, optimizer, batch, lr, cfg, rank, world, device)
             skipped = metrics.pop("optim/skipped")
             progress["skipped"] += skipped
-            progress["in_a_row"] = progress["in_a_row"] + skipped if skipped else 0
+            progress["in_a_row"] = progress["in_a_row"] + skipped if skipped == cfg.updates_per_batch else 0
             if progress["in_a_row"] >= 5:
                 raise RuntimeError(f"{progress['in_a_row']} updates in a row had a gradient that is not finite "
                                    f"(the last norm: {metrics['optim/grad_norm']}); the last checkpoint is good")
@@ -686,7 +687,7 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
             metrics |= eval_metrics(scores)
         clock.phase("eval")
         metrics |= clock.read()
-        log.step(step, metrics | report.speeds(metrics, device, world), scores)
+        log.step(step, metrics | report.speeds(metrics, cfg, device, world), scores)
         clock = Clock(device)   # The row is on disk before the checkpoint is, or a kill between them would lose it: the
         if step % cfg.save_every == 0 or step == cfg.steps:     # time of a save belongs to the next row.
             save_checkpoint(run, progress, model, optimizer, rank)
@@ -715,12 +716,12 @@ def main(argv=None) -> int:
         return 2
     run.mkdir(parents=True, exist_ok=True)
     grader = Grader(cfg.graders)        # its processes start before CUDA does
-    rank, world, device = start_ranks()
     try:
+        rank, world, device = start_ranks()
         train(cfg, run, grader, rank, world, device, *inputs)
     finally:
         grader.close()
-        dist.destroy_process_group()
+    dist.destroy_process_group()        # not after an error: the other ranks would be waited for
     return 0
 
 
