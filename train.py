@@ -13,8 +13,9 @@ would decide.
 
 A run writes out/NAME/ and nothing else (the embedded base model is cached beside it): config.json, metrics.jsonl (one
 object per step), rollouts.jsonl (samples), eval/, tb/, checkpoints/step_N/, model/ (Hugging Face folder), curves.png. The
-same command again continues from the last checkpoint. Nothing that decides the result depends on the number of ranks, on micro-batches or on who finished first:
-random streams hang on (seed, step, problem, rollout, position), denominators are counted once over all ranks.
+same command again continues from the last checkpoint. Nothing that decides the result depends on the number of ranks, on
+micro-batches or on who finished first: random streams hang on (seed, step, problem, rollout, position), denominators are
+counted once over all ranks.
 
 Deviations from the paper, whose appendix was not public when this was written:
  1. n_explore 8, n_extra 2, n_total 16, n_same 4, Beta(1, 1) are our reading of its description.
