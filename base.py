@@ -90,8 +90,7 @@ def base_model(out: Path, device) -> Path:
     rng, corpus, steps = random.Random(RECIPE["seed"]), RECIPE["corpus"], RECIPE["steps"]
     tokenizer = character_tokenizer()
     cfg = base_config(tokenizer)
-    with torch.device(device):
-        model = Model(cfg).init_weights()
+    model = Model(cfg).init_weights().to(device)    # drawn on the CPU: CUDA's random stream would give another base
 
     encoded = defaultdict(list)     # level -> [(prompt, response)]
     for seed in range(corpus["seeds"]):
