@@ -11,6 +11,7 @@ the success rates of the others are uniform. The last line is one JSON object wi
 the copy bandwidth and the bf16 matrix rate measured in the same process, their ratio, and peak memory.
 """
 
+import itertools
 import json
 import sys
 import time
@@ -52,7 +53,10 @@ class Bench(train.Config):
     n: int = knob(16, "rollouts of each (sampler, learner)")
     prompt_len: int = knob(128, "tokens of a prompt")
     new: int = knob(512, "tokens of every response")
-    ragged: bool = knob(False, "step: lengths from a heavy-tailed distribution with mean new / 5 and largest value new")
+    ragged: bool = knob(False, "lengths from a heavy-tailed distribution with mean new / 5 and largest value new")
+    plain: bool = knob(False, "sampler, step: the plain path where the fast one could run")
+    fp32: bool = knob(False, "sampler: fp32 weights and cache")
+    top_p: float = knob(1.0, "sampler: nucleus of an evaluation")
     repeats: int = knob(2, "timed repetitions after one warm-up; the median is reported")
 
 
@@ -105,8 +109,9 @@ class SetLength(Sampler):
 
 
 def random_sampler(cfg, model_cfg, device) -> Sampler:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sampler = SetLength(model_cfg, min(cfg.slots, cfg.prompts * cfg.n), cfg.prompt_len + cfg.new, (), device, dtype)
+    dtype = torch.bfloat16 if device.type == "cuda" and not cfg.fp32 else torch.float32
+    sampler = SetLength(model_cfg, min(cfg.slots, cfg.prompts * cfg.n), cfg.prompt_len + cfg.new, (), device, dtype, cfg.kv_gib,
+                        False if cfg.plain else None)
     sampler.model.init_weights()
     sampler.ragged = cfg.ragged
     return sampler
@@ -117,24 +122,84 @@ def random_prompts(cfg, model_cfg, count: int) -> list[tuple[int, ...]]:
     return [tuple(rng.integers(0, model_cfg.vocab_size, cfg.prompt_len).tolist()) for _ in range(count)]
 
 
+# A kernel of the profile belongs to the first kind of which its name has a word. The product before blocks_kernel is the head.
+KERNELS = {"attention": ("attend", "combine"), "sampling": ("blocks_kernel", "draw_kernel", "least_allowed"),
+           "small": ("add_norm", "silu", "rope", "embedding", "indexSelect", "index"),
+           "matrix": ("gemm", "nvjet", "cutlass", "cublas", "splitK", "Kernel2")}  # fmt: skip
+
+
+def breakdown(sampler, steps: int) -> dict:
+    """Milliseconds of a decode step by kind of kernel, `gaps` (nothing runs) and `step`, over the next launches."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps // sampler.stride):
+            sampler.step()
+        torch.cuda.synchronize()
+    events = sorted((e.time_range.start, e.time_range.end, e.name) for e in profile.events()
+                    if e.device_type == torch.autograd.DeviceType.CUDA)  # fmt: skip
+    sums = dict.fromkeys([*KERNELS, "head", "other"], 0.0)
+    for (start, end, name), following in itertools.pairwise(events):
+        kind = next((k for k, words in KERNELS.items() if any(w in name for w in words)), "other")
+        sums["head" if kind == "matrix" and "blocks_kernel" in following[2] else kind] += end - start
+    sums["step"] = events[-1][1] - events[0][0]
+    sums["gaps"] = sums["step"] - sum(v for k, v in sums.items() if k != "step")
+    return {kind: round(us / 1e3 / (steps // sampler.stride * sampler.stride), 3) for kind, us in sums.items()}
+
+
+@torch.no_grad()
+def mismatch(sampler, rollouts) -> dict:
+    """Recorded log-probs against the learner's forward over the same weights: k3 estimate and largest difference."""
+    ids, rows, lengths = [], [], []
+    for r in rollouts:
+        rows += range(len(ids) + len(r.prompt) - 1, len(ids) + len(r.prompt) + len(r.tokens) - 1)
+        ids += [*r.prompt, *r.tokens]
+        lengths.append(len(r.prompt) + len(r.tokens))
+    ids_T, rows_R = torch.tensor(ids, device=sampler.device), torch.tensor(rows, device=sampler.device)
+    cu = torch.tensor([0, *lengths], device=sampler.device).cumsum(0).int()
+    logp_R, _ = sampler.model(ids_T, cu, max(lengths), ids_T[rows_R + 1], rows_R, sampler.sampling.temperature or 1.0)
+    gap_R = logp_R - torch.tensor([p for r in rollouts for p in r.logps], device=sampler.device)
+    return {"mismatch/kl": (gap_R.exp() - 1 - gap_R).mean().item(), "mismatch/max_abs": gap_R.abs().max().item()}
+
+
 def bench_sampler(cfg, model_cfg, device, bandwidth, rate) -> dict:
+    begun = time.perf_counter()
     sampler, prompts = random_sampler(cfg, model_cfg, device), random_prompts(cfg, model_cfg, cfg.prompts)
 
-    def drain():
-        sampler.prompt_kv.clear()
-        sampler.begin(0, Sampling(cfg.temperature))
+    def fill():
+        sampler.forget()
+        sampler.begin(0, Sampling(cfg.temperature, cfg.top_p))
         sampler.add(Request(p, i, prompt, cfg.new) for p, prompt in enumerate(prompts) for i in range(cfg.n))
+
+    def drain():
+        fill()
+        return [rollout for _ in iter(lambda: sampler.busy, False) for rollout in sampler.step()]
+
+    fill()
+    sampler.step()      # kernels are compiled, graphs captured
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    startup = time.perf_counter() - begun
+    rollouts = [rollout for _ in iter(lambda: sampler.busy, False) for rollout in sampler.step()]
+    times = [timed(drain, device) for _ in range(cfg.repeats)]
+    seconds, lengths = float(np.median(times)), np.array([len(r.tokens) for r in rollouts])
+    # Weights are read once a step or multiplied once a token, whichever takes longer, and all keys of a token are read.
+    width = next(sampler.model.parameters()).element_size()
+    weights = sum(p.numel() for p in sampler.model.parameters()) * width
+    keys = 2 * model_cfg.num_hidden_layers * model_cfg.num_key_value_heads * model_cfg.head_dim * width
+    steps = max(lengths.max(), lengths.sum() / sampler.slots)
+    read = keys * (lengths * (cfg.prompt_len + lengths / 2)).sum()
+    floor = max(steps * weights / bandwidth, forward_flops(model_cfg, int(lengths.sum()), 0) / rate) + read / bandwidth
+    result = dict(figure="tokens_per_s", measured=lengths.sum() / seconds, ceiling=lengths.sum() / floor, seconds=seconds,
+                  startup_s=startup, path=sampler.path, preempted=sampler.preempted,
+                  kv_gib=sampler.cache.numel() * width / 2**30, mean_length=lengths.mean())
+    result |= mismatch(sampler, rollouts[:: max(1, len(rollouts) // 32)])
+    if device.type == "cuda" and sampler.fast:
+        fill()
+        while sampler.state_B[2].max() < lengths.mean() / 2:
+            sampler.step()
+        result["ms_per_step"] = breakdown(sampler, 16)
         while sampler.busy:
             sampler.step()
-
-    seconds = median_of(drain, device, cfg.repeats)
-    # One step of all slots at the mean context: weights are read or multiplied, whichever takes longer, and all keys are read.
-    rows, context = sampler.slots, cfg.prompt_len + cfg.new / 2
-    bytes_per_weight = next(sampler.model.parameters()).element_size()
-    weights = sum(p.numel() for p in sampler.model.parameters()) * bytes_per_weight
-    keys = 2 * model_cfg.num_hidden_layers * model_cfg.num_key_value_heads * model_cfg.head_dim * bytes_per_weight
-    step = max(weights / bandwidth, forward_flops(model_cfg, rows, 0) / rate) + rows * context * keys / bandwidth
-    return dict(figure="tokens_per_s", measured=cfg.prompts * cfg.n * cfg.new / seconds, ceiling=rows / step, seconds=seconds)
+    return result
 
 
 def random_batch(cfg, model_cfg) -> list[train.Trained]:

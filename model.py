@@ -4,15 +4,15 @@ One decoder for training and sampling: Qwen2 / Qwen2.5, Qwen3 and Llama 3, with 
 The three families are one block with two switches: Qwen2 has a bias on q, k, v; Qwen3 normalises each head of q and k.
 One set of weights runs in two ways:
 
-    forward   packed sequences, no cache (training)       ids_T = [a0 a1 a2 | b0 b1 | c0 c1 c2 c3],  cu = [0 3 5 9]
-    decode    one new token per sequence over a KV cache  (`prefill` returns the keys and values that go into it)
+    forward   packed sequences, no cache (training)          ids_T = [a0 a1 a2 | b0 b1 | c0 c1 c2 c3],  cu = [0 3 5 9]
+    run       tokens at given positions over a KV cache that belongs to the caller (rollout.py)
 
 There is no padding and no attention mask in the packed layout: a sequence is the range cu[s]:cu[s+1] of the rows, so
 masks come from lengths and never from token values. Nothing here knows about ranks or devices in use: `fully_shard`
 (every block of model.model.layers, then the root) is applied from outside.
 
-Shapes: T packed tokens, S sequences, R rows with a target, B cache slots, A <= B active slots, C context of the cache,
-L layers, H heads, K KV heads, E head dim, D model dim, V vocabulary.
+Shapes: T packed tokens, S sequences, R rows with a target, L layers, H heads, K KV heads, E head dim, D model dim,
+V vocabulary.
 """
 
 import inspect
@@ -212,26 +212,6 @@ def attend_packed(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, cu: Tensor, max_l
     return out.transpose(1, 2).flatten(0, 1)[place]
 
 
-def attend_cached(q_AHE: Tensor, k_ACKE: Tensor, v_ACKE: Tensor, len_A: Tensor, max_len: int) -> Tensor:
-    """One query per sequence over the first len_A[a] cached keys of row a -> (A, H, E); max_len: int >= max(len_A).
-    k and v are views of a contiguous cache. No host sync, and nothing is copied out of the cache."""
-    (A, H, E), (C, K) = q_AHE.shape, k_ACKE.shape[1:3]
-    if flash_ok(q_AHE):
-        # The slots are seen as one packed row of A*C keys with a sequence start every C, of which seqused_k are real.
-        # One query per sequence and a window of (-1, -1) let the kernel pack the heads of a group into one tile and
-        # split the keys; causality is in seqused_k.
-        start_q = torch.arange(A + 1, device=len_A.device, dtype=torch.int32)
-        return torch.ops.aten._flash_attention_forward(
-            q_AHE, k_ACKE.flatten(0, 1), v_ACKE.flatten(0, 1), start_q, start_q * C, 1, max_len, 0.0, False, False,
-            scale=None, window_size_left=-1, window_size_right=-1, seqused_k=len_A.int(), alibi_slopes=None,
-        )[0]  # fmt: skip
-    # The H/K query heads that share a KV head stand as query rows, so that SDPA need not repeat keys and values.
-    k, v = k_ACKE[:, :max_len].transpose(1, 2), v_ACKE[:, :max_len].transpose(1, 2)  # (A, K, max_len, E)
-    seen = torch.arange(max_len, device=len_A.device) < len_A[:, None]  # (A, max_len)
-    out = F.scaled_dot_product_attention(q_AHE.view(A, K, H // K, E), k, v, attn_mask=seen[:, None, None])
-    return out.reshape(A, H, E)
-
-
 # ------------------------------------------------------------------------------------------------- rotary positions
 
 
@@ -307,7 +287,7 @@ class Block(nn.Module):
         q, k, v = self.before(x_TD, cos, sin)
         return self.after(x_TD, attend_packed(q, k, v, cu, max_len))
 
-    # What stands on either side of attention; the cached forms call these two around their own use of the cache.
+    # What stands on either side of attention; `run` calls these two around its caller's use of a cache.
     def before(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn.qkv(self.input_layernorm(x_TD), cos, sin)
 
@@ -321,7 +301,7 @@ class Model(nn.Module):
 
     Under FSDP2 shard each of model.model.layers and then the root, with cast_forward_inputs=False (the rotary tables
     are fp32 inputs of every block). The embedding, the last norm and the head belong to the root's unit, and all use
-    of the head happens inside the root's forward. prefill and decode are for an unsharded copy.
+    of the head happens inside the root's forward. `run` is for an unsharded copy.
     """
 
     def __init__(self, cfg: ModelConfig):
@@ -372,38 +352,14 @@ class Model(nn.Module):
         return token_logprobs(self.model.norm(x[rows_R]), self.head, targets_R, temperature)
 
     @torch.no_grad()
-    def prefill(self, ids_T: Tensor, cu: Tensor, max_len: int) -> tuple[Tensor, Tensor]:
-        """Packed prompts -> (logits_SV in fp32 after the last token of each, kv (L, 2, T, K, E) for the cache)."""
-        cfg, x = self.cfg, self.model.embed_tokens(ids_T)
-        cos, sin = rope_tables(cfg, positions(cu, len(ids_T)))
-        kv = x.new_empty(cfg.num_hidden_layers, 2, len(ids_T), cfg.num_key_value_heads, cfg.head_dim)
-        for block, (keys, values) in zip(self.model.layers, kv):
-            q, k, v = block.before(x, cos, sin)
-            keys.copy_(k)
-            values.copy_(v)
-            x = block.after(x, attend_packed(q, k, v, cu, max_len))
-        return logits_fp32(self.model.norm(x[cu[1:] - 1]), self.head), kv
-
-    @torch.no_grad()
-    def decode(self, ids_A: Tensor, len_A: Tensor, cache: Tensor, max_len: int) -> Tensor:
-        """One new token for each of the first A rows of cache (L, 2, B, C, K, E) -> logits_AV in fp32.
-
-        len_A: tokens already in each row, which is the new token's position; its key and value are written there.
-        max_len: a bound the host knows, max(len_A) + 1 <= max_len <= C. Neither syncs with the host nor allocates in
-        proportion to the cache. Raises ValueError when the bound or the rows exceed the cache.
-        """
-        A, (B, C) = len(ids_A), cache.shape[2:4]
-        if A > B or max_len > C:
-            raise ValueError(f"decode of {A} rows up to {max_len} tokens does not fit a cache of {B} rows of {C}")
-        x = self.model.embed_tokens(ids_A)
-        cos, sin = rope_tables(self.cfg, len_A)
-        row = torch.arange(A, device=len_A.device)
-        for block, (keys, values) in zip(self.model.layers, cache):
-            q, k, v = block.before(x, cos, sin)
-            keys[row, len_A] = k
-            values[row, len_A] = v
-            x = block.after(x, attend_cached(q, keys[:A], values[:A], len_A + 1, max_len))
-        return logits_fp32(self.model.norm(x), self.head)
+    def run(self, ids_T: Tensor, positions_T: Tensor, attend) -> Tensor:
+        """Tokens at given positions through the decoder -> (T, D) after the last norm. The cache is the caller's:
+        attend(layer, q_THE, k_TKE, v_TKE) -> (T, H, E) stores keys and values where it likes, and reads them."""
+        x = self.model.embed_tokens(ids_T)
+        cos, sin = rope_tables(self.cfg, positions_T)
+        for layer, block in enumerate(self.model.layers):
+            x = block.after(x, attend(layer, *block.before(x, cos, sin)))
+        return self.model.norm(x)
 
 
 # ------------------------------------------------------------------------------------------- head and log-probabilities

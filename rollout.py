@@ -1,36 +1,56 @@
 """
-The sampler: continuous batching over a fixed number of slots.
+The sampler: continuous batching over a paged KV cache.
 
-    add() ──▶ queue ──▶ admit: prompt KV copied into a free slot ──▶ one decode step for all active slots ──▶ finished
-                          ▲                                               │    ▲                               rollouts
-                          └── prompt KV, computed once per prompt         └────┘
+    add() ──▶ queue ──▶ admit: a free slot, the prompt's pages ──▶ decode steps for all active slots ──▶ finished rollouts
+                          ▲                                             │    ▲
+                          └── prompt pages, computed once per prompt    └────┘
 
-The cache, (L, 2, B, C, K, E), seen for one layer's keys (p prompt, r response, . unused), B = 4 slots, C = 10 places:
+The cache holds pages of 64 places (16 on the plain path), (L, 2, pages, K, page, E). A slot's row of the page table says
+where its keys are; here pages of 4 places, prompt p of 7 tokens and response r (. unused):
 
-    slot 0   p p p p r r r . . .      active slots are always the first A (here 3): when one finishes it is refilled from
-    slot 1   p p p p r . . . . .      the queue, or, once the queue is empty, the last active slot moves into the hole, so
-    slot 2   p p p r r r r r . .      that a step works on cache[:, :, :A] and never on finished rows
-    slot 3   . . . . . . . . . .
+    table                       page 7    page 3    page 9    page 4    page 5
+    slot 0   7 9 .      ┌────▶  p p p p   p p . .   p p r r   p p r r   r . . .
+    slot 1   7 4 5   ───┘       both      template  slot 0    slot 1    slot 1
+    slot 2   . . .
 
-A slot starts with all of its prompt but the last token in place; that token is the input of its first decode step, so the
-first response token is drawn on the same path as every other.
+The full pages of a prompt are shared by its group; the rest of it is a template that every slot copies and continues. All
+of the prompt but its last token is computed beforehand: that token is the input of the slot's first decode step, so the
+first response token is drawn on the same path as every other. Memory follows what is written: a slot gets a page when it
+reaches one. A request that finds too few waits; when running rollouts find none, the youngest goes back to the queue and
+is drawn again, to the same tokens, since its random stream hangs on nothing else. Generation never runs out of memory.
 
-Randomness: token t of rollout i of problem p is drawn by Gumbel-max with Philox4x32-10 noise whose key is a hash of
-(seed, p, i) and whose counter is (word / 4, t). It depends on nothing else: not on the batch, the slot, the order of
-admission or the number of ranks.
+Active slots are always the first A of B. The host owns their state between launches, a launch is a few decode steps
+(`stride`), and the device stops a slot by itself when its rollout ends.
 
-Letters: A active slots, B slots, C places per slot, L layers, K KV heads, E head dim, V vocabulary, P prompt tokens.
-Everything here is local to a rank: ranks stop at different steps, so there is no collective.
+Two paths draw the same rollouts up to rounding. Plain: torch operations, any device. Fast, on CUDA with Triton: a step is
+one replay of a CUDA graph, captured for some numbers of slots, of fused kernels; A is rounded up to the next graph.
+
+Randomness: token t of rollout i of problem p is drawn with Philox4x32-10 noise whose key is a hash of (seed, p, i) and
+whose counter is (word / 4, t). It depends on nothing else: not on the batch, the slot, the order of admission or the number
+of ranks. Everything here is local to a rank: ranks stop at different steps, so there is no collective.
+
+Letters: A active slots, B slots, N pages in a row of the table, L layers, H heads, K KV heads, E head dim, D model dim,
+V vocabulary, P prompt tokens, T packed tokens.
 """
 
 import hashlib
+import math
+import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
-from model import Model, ModelConfig
+from model import Model, ModelConfig, attend_packed, logits_fp32, mm_fp32, positions, rope_tables
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:     # no build for this platform: the plain path is all there is
+    triton = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +64,10 @@ class Sampling:
     def __post_init__(self):
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(f"sampling: wanted temperature >= 0, 0 < top_p <= 1, top_k >= 0, found {self}")
+
+    @property
+    def cuts(self) -> bool:
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0)
 
 
 @dataclass(frozen=True)
@@ -68,6 +92,7 @@ class Rollout:
 # Random numbers and the draw
 
 MASK32 = 0xFFFFFFFF
+BLOCK = 4096        # words that are drawn from together, see draw()
 
 
 def stream_key(seed: int, problem: int, index: int) -> int:
@@ -76,13 +101,13 @@ def stream_key(seed: int, problem: int, index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def philox(counter_low, counter_high, key, rounds: int = 10):
+def philox(c0, c1, c2, key, rounds: int = 10):
     """
-    Philox4x32 (Salmon et al., SC 2011) on int64 tensors that broadcast: four 32-bit words for the counter
-    (counter_low, counter_high, 0, 0) and a 64-bit key.
+    Philox4x32 (Salmon et al., SC 2011) on int64 tensors that broadcast: four 32-bit words for the counter (c0, c1, c2, 0)
+    and a 64-bit key.
     """
-    c0, c1 = torch.broadcast_tensors(counter_low, counter_high)
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
+    c3 = torch.zeros_like(c0)
     k0, k1 = key & MASK32, (key >> 32) & MASK32
     for _ in range(rounds):
         # int64 products wrap, their 64 bits are those of the unsigned product
@@ -92,92 +117,418 @@ def philox(counter_low, counter_high, key, rounds: int = 10):
     return c0, c1, c2, c3
 
 
-def gumbel_noise(key_A, position_A, V: int):
-    """(A, V) fp32 Gumbel noise. Word v takes output v % 4 of counter v // 4."""
-    counter = torch.arange((V + 3) // 4, device=key_A.device)
-    words = torch.stack(philox(counter[None, :], position_A[:, None], key_A[:, None]), dim=-1).flatten(1)[:, :V]
+def gumbel_noise(key_A, position_A, n: int, block_A=None):
+    """
+    (A, n) fp32 Gumbel noise of words block * BLOCK, ...; without block_A of the blocks themselves. Word v takes output
+    v % 4 of counter (v // 4, position, 0), block b takes output b % 4 of counter (b // 4, position, 1).
+    """
+    first_A = torch.zeros_like(key_A) if block_A is None else block_A * (BLOCK // 4)
+    counter = first_A[:, None] + torch.arange((n + 3) // 4, device=key_A.device)
+    kind = torch.full_like(counter[:1, :1], int(block_A is None))
+    words = torch.stack(philox(counter, position_A[:, None], kind, key_A[:, None]), dim=-1).flatten(1)[:, :n]
     # w in (0, 1]; -log1p(-w) is exponential down to 2^-33, so that the far tail of the vocabulary can still be drawn.
     # Where fp32 rounds w to 1 the noise is -inf, a word that is not drawn (probability 2^-25).
     w = (words.float() + 0.5) * 2.0**-32
     return -torch.log(-torch.log1p(-w))
 
 
-def truncate(logits_AV, top_p: float, top_k: int):
-    """-inf outside the top_k most likely words, then outside the smallest set that holds top_p of what is left."""
+def least_allowed(logits_AV, top_p: float, top_k: int):
+    """
+    (A,) the smallest logit among the top_k, and of those among the smallest set that holds top_p of their probability. Words
+    that are as likely as the last one stay with it. No sort: fp32 numbers are ordered like integers (after a flip of the
+    negative ones), so 32 halvings of the integer range find the largest logit above which there is still enough.
+    """
+    bits = logits_AV.view(torch.int32)
+    rank_AV = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+    p_AV = (logits_AV - logits_AV.amax(-1, keepdim=True)).exp()
+
+    def bisect(weight_AV, wanted_A):
+        low_A = torch.full_like(rank_AV[:, 0], -(2**31))
+        high_A = rank_AV.amax(-1)
+        for _ in range(32):
+            middle_A = (low_A + high_A + 1) >> 1
+            enough_A = (weight_AV * (rank_AV >= middle_A[:, None])).sum(-1) >= wanted_A
+            low_A, high_A = torch.where(enough_A, middle_A, low_A), torch.where(enough_A, high_A, middle_A - 1)
+        return low_A
+
+    rank_A = torch.full_like(rank_AV[:, 0], -(2**31))
     if 0 < top_k < logits_AV.shape[1]:
-        least = logits_AV.topk(top_k, dim=-1).values[:, -1:]
-        logits_AV = logits_AV.masked_fill(logits_AV < least, -torch.inf)
+        rank_A = bisect(torch.ones_like(p_AV), top_k)
     if top_p < 1:
-        ordered, order = logits_AV.sort(dim=-1, descending=True, stable=True)
-        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)     # mass above each word: the first stays
-        outside = torch.zeros_like(ordered, dtype=torch.bool).scatter(1, order, before >= top_p)
-        logits_AV = logits_AV.masked_fill(outside, -torch.inf)
-    return logits_AV
+        p_AV = p_AV * (rank_AV >= rank_A[:, None])
+        rank_A = torch.maximum(rank_A, bisect(p_AV, top_p * p_AV.sum(-1)))
+    return torch.where(rank_A < 0, rank_A ^ 0x7FFFFFFF, rank_A).int().view(torch.float32)
+
+
+def truncate(logits_AV, top_p: float, top_k: int):
+    """-inf for words that are not drawn from, see least_allowed."""
+    return logits_AV.masked_fill(logits_AV < least_allowed(logits_AV, top_p, top_k)[:, None], -torch.inf)
 
 
 def draw(logits_AV, key_A, position_A, sampling: Sampling):
-    """One token per row. Returns (token_A, logp_A); greedy rows get the log-prob at temperature 1."""
+    """
+    One token per row: its block of the vocabulary by Gumbel-max over the blocks' log-sum-exp, then the word by Gumbel-max in
+    its block. P(block) P(word | block) = P(word) exactly, and a thirtieth of the noise is needed. Returns (token_A, logp_A);
+    greedy rows get the log-prob at temperature 1.
+    """
     logits_AV = logits_AV.float() / (sampling.temperature or 1.0)
     if sampling.temperature == 0:
         token_A = logits_AV.argmax(dim=-1)
     else:
-        allowed_AV = truncate(logits_AV, sampling.top_p, sampling.top_k)
-        token_A = (allowed_AV + gumbel_noise(key_A, position_A, logits_AV.shape[1])).argmax(dim=-1)
+        allowed_AV = truncate(logits_AV, sampling.top_p, sampling.top_k) if sampling.cuts else logits_AV
+        width = min(BLOCK, allowed_AV.shape[1])
+        blocks = F.pad(allowed_AV, (0, -allowed_AV.shape[1] % width), value=-torch.inf).unflatten(1, (-1, width))
+        block_A = (blocks.logsumexp(-1) + gumbel_noise(key_A, position_A, blocks.shape[1])).argmax(-1)
+        words_AW = blocks.gather(1, block_A[:, None, None].expand(-1, 1, width))[:, 0]
+        token_A = block_A * BLOCK + (words_AW + gumbel_noise(key_A, position_A, width, block_A)).argmax(-1)
     logp_A = logits_AV.gather(1, token_A[:, None])[:, 0] - logits_AV.logsumexp(dim=-1)
     return token_A, logp_A
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# The state of a slot, as rows of one integer matrix (7, B), so that one copy brings it to the device and back
+
+INPUT, LENGTH, DRAWN, KEY, LIMIT, ROW, DONE = range(7)
+# INPUT: token to feed next. LENGTH: keys in the cache, = position of that token. DRAWN: response tokens so far, = counter of
+# the random stream. LIMIT: most of them. ROW: where they are written. DONE: ended; the slot stands still.
+
+# --------------------------------------------------------------------------------------------------------------------
+# The fast path's kernels. Statistics and sums are fp32; what is stored is rounded where the plain path rounds.
+
+if triton is not None:
+
+    @triton.jit
+    def add_norm_kernel(x, delta, weight, out, eps, D: tl.constexpr, ADD: tl.constexpr, WIDTH: tl.constexpr):
+        """x += delta; out = RMSNorm(x) weight. One program per row."""
+        d = tl.arange(0, WIDTH)
+        at, mask = tl.program_id(0) * D + d, d < D
+        row = tl.load(x + at, mask, 0.0)
+        if ADD:
+            row = (row.to(tl.float32) + tl.load(delta + at, mask, 0.0).to(tl.float32)).to(row.dtype)
+            tl.store(x + at, row, mask)
+        row = row.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(row * row) / D + eps)
+        tl.store(out + at, row * scale * tl.load(weight + d, mask, 0.0).to(tl.float32), mask)
+
+    @triton.jit
+    def silu_mul_kernel(gate_up, out, I: tl.constexpr, WIDTH: tl.constexpr):
+        a = tl.program_id(0).to(tl.int64)
+        i = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        gate = tl.load(gate_up + a * 2 * I + i, i < I, 0.0)
+        up = tl.load(gate_up + a * 2 * I + I + i, i < I, 0.0)
+        gate32 = gate.to(tl.float32)
+        silu = (gate32 / (1 + tl.exp(-gate32))).to(gate.dtype)
+        tl.store(out + a * I + i, silu.to(tl.float32) * up.to(tl.float32), i < I)
+
+    @triton.jit
+    def rope_kernel(qkv, q, keys, values, state, table, cos, sin, q_norm, k_norm, eps, B, N, H: tl.constexpr, K: tl.constexpr,
+                    E: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
+        """Rotates q and k of one slot (after their norm, for Qwen3), writes q out and k, v into the slot's page."""
+        a = tl.program_id(0)
+        position = tl.load(state + 1 * B + a)
+        page = tl.load(table + a * N + position // PAGE).to(tl.int64)
+        h, e = tl.arange(0, HEADS)[:, None], tl.arange(0, E // 2)[None, :]
+        source = qkv + (a * (H + 2 * K) + h) * E + e
+        low, high = tl.load(source, h < H + 2 * K, 0.0), tl.load(source + E // 2, h < H + 2 * K, 0.0)
+        kind = low.dtype
+        low, high = low.to(tl.float32), high.to(tl.float32)
+        turned = h < H + K      # values are neither normalised nor rotated
+        if NORM:
+            scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / E + eps)[:, None]
+            w_low = tl.where(h < H, tl.load(q_norm + e), tl.load(k_norm + e)).to(tl.float32)
+            w_high = tl.where(h < H, tl.load(q_norm + e + E // 2), tl.load(k_norm + e + E // 2)).to(tl.float32)
+            low = tl.where(turned, (low * scale * w_low).to(kind).to(tl.float32), low)
+            high = tl.where(turned, (high * scale * w_high).to(kind).to(tl.float32), high)
+        c = tl.where(turned, tl.load(cos + position * (E // 2) + e), 1.0)
+        s = tl.where(turned, tl.load(sin + position * (E // 2) + e), 0.0)
+        low, high = low * c - high * s, high * c + low * s
+        tl.store(q + (a * H + h) * E + e, low, h < H)
+        tl.store(q + (a * H + h) * E + e + E // 2, high, h < H)
+        inside = (page * K * PAGE + position % PAGE) * E + e
+        key = keys + inside + (h - H) * (PAGE * E)
+        tl.store(key, low, (h >= H) & turned)
+        tl.store(key + E // 2, high, (h >= H) & turned)
+        value = values + inside + (h - H - K) * (PAGE * E)
+        tl.store(value, low, (h >= H + K) & (h < H + 2 * K))
+        tl.store(value + E // 2, high, (h >= H + K) & (h < H + 2 * K))
+
+    @triton.jit
+    def attend_kernel(q, keys, values, state, table, part, lse, scale, B, N, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
+                      PAGE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, G: tl.constexpr):  # fmt: skip
+        """
+        Online softmax (FlashDecoding) of one slot, one KV head, one chunk of keys: the H / K query heads that share the KV
+        head stand in one tile of G rows, so each key and value is read once. Chunks have a fixed number of keys, not a fixed
+        share of them: the result does not depend on the batch, and ragged lengths are balanced.
+        """
+        a, k, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+        length = (tl.load(state + 1 * B + a) + 1).to(tl.int32)     # the new key is in its page already
+        first = chunk * CHUNK
+        if first < length:
+            g, e, t = tl.arange(0, G), tl.arange(0, E), tl.arange(0, PAGE)
+            real = g < H // K
+            rows = tl.load(q + (a * H + k * (H // K) + g)[:, None] * E + e[None, :], real[:, None], 0.0)
+            top = tl.full([G], float("-inf"), tl.float32)
+            total = tl.zeros([G], tl.float32)
+            mix = tl.zeros([G, E], tl.float32)
+            pages = table + a * N + first // PAGE
+            for i in range(tl.cdiv(tl.minimum(length - first, CHUNK), PAGE)):
+                place = ((tl.load(pages + i).to(tl.int64) * K + k) * PAGE + t) * E
+                key = tl.load(keys + place[None, :] + e[:, None])                                   # (E, PAGE)
+                score = tl.dot(rows, key, input_precision="ieee") * scale                           # in powers of two
+                score = tl.where((first + i * PAGE + t < length)[None, :], score, float("-inf"))
+                higher = tl.maximum(top, tl.max(score, 1))
+                p = tl.exp2(score - higher[:, None])
+                shrink = tl.exp2(top - higher)
+                total = total * shrink + tl.sum(p, 1)
+                value = tl.load(values + place[:, None] + e[None, :])                               # (PAGE, E)
+                mix = tl.dot(p.to(value.dtype), value, mix * shrink[:, None], input_precision="ieee")
+                top = higher
+            at = (a * CHUNKS + chunk) * H + k * (H // K) + g
+            tl.store(part + at[:, None] * E + e[None, :], mix / total[:, None], real[:, None])
+            tl.store(lse + at, top + tl.log2(total), real)
+
+    @triton.jit
+    def combine_kernel(part, lse, state, out, B, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr,
+                       CHUNKS: tl.constexpr, G: tl.constexpr):  # fmt: skip
+        """The chunks' mixtures, weighed by their share of the softmax's denominator."""
+        a, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        length = (tl.load(state + 1 * B + a) + 1).to(tl.int32)
+        g, e = tl.arange(0, G), tl.arange(0, E)
+        real = g < H // K
+        top = tl.full([G], float("-inf"), tl.float32)
+        total = tl.zeros([G], tl.float32)
+        mix = tl.zeros([G, E], tl.float32)
+        for chunk in range(tl.cdiv(length, CHUNK)):
+            at = (a * CHUNKS + chunk) * H + k * (H // K) + g
+            this = tl.load(lse + at, real, 0.0)
+            higher = tl.maximum(top, this)
+            shrink, weight = tl.exp2(top - higher), tl.exp2(this - higher)
+            mix = mix * shrink[:, None] + weight[:, None] * tl.load(part + at[:, None] * E + e[None, :], real[:, None], 0.0)
+            total = total * shrink + weight
+            top = higher
+        tl.store(out + (a * H + k * (H // K) + g)[:, None] * E + e[None, :], mix / total[:, None], real[:, None])
+
+    @triton.jit
+    def exponential_race(word):
+        """Gumbel noise of a random 32-bit word, as gumbel_noise(). Where 1 - w would round, -log(1 - w) is a series."""
+        w = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+        series = w * (1 + w * (0.5 + w * (0.33333333 + w * (0.25 + w * 0.2))))
+        return -tl.log(tl.where(w < 0.04, series, -tl.log(1 - w)))
+
+    @triton.jit
+    def least_allowed_kernel(logits, least, temperature, top_p, top_k, V: tl.constexpr, BLOCK: tl.constexpr):
+        """least_allowed() of one row. Its 32 (or 64) passes over the row read the cache, not the memory."""
+        row = logits + tl.program_id(0).to(tl.int64) * V
+        heat, p_wanted, k_wanted = tl.load(temperature), tl.load(top_p), tl.load(top_k)
+        v = tl.arange(0, BLOCK)
+        peak = tl.full([BLOCK], float("-inf"), tl.float32)
+        for first in range(0, V, BLOCK):
+            peak = tl.maximum(peak, tl.load(row + first + v, first + v < V, float("-inf")) / heat)
+        peak = tl.max(peak)
+        floor = tl.full([], -2147483648, tl.int64)
+        for by_mass in tl.static_range(2):      # the top_k words first, then top_p of their mass
+            low, high = floor, tl.full([], 2147483647, tl.int64)
+            wanted = k_wanted
+            if by_mass:
+                mass = tl.zeros([BLOCK], tl.float32)
+                for first in range(0, V, BLOCK):
+                    z = tl.load(row + first + v, first + v < V, float("-inf")) / heat
+                    bits = z.to(tl.int32, bitcast=True)
+                    rank = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+                    mass += tl.where(rank >= floor, tl.exp(z - peak), 0.0)
+                wanted = p_wanted * tl.sum(mass)
+            steps = tl.where(wanted > 0, 32, 0)
+            for _ in range(steps):
+                middle = (low + high + 1) >> 1
+                mass = tl.zeros([BLOCK], tl.float32)
+                for first in range(0, V, BLOCK):
+                    z = tl.load(row + first + v, first + v < V, float("-inf")) / heat
+                    bits = z.to(tl.int32, bitcast=True)
+                    rank = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+                    weight = tl.exp(z - peak) if by_mass else tl.where(first + v < V, 1.0, 0.0)
+                    mass += tl.where((rank >= middle) & (rank >= floor), weight, 0.0)
+                enough = tl.sum(mass) >= wanted
+                low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
+            floor = low
+        found = floor.to(tl.int32)
+        found = tl.where(found < 0, found ^ 0x7FFFFFFF, found)
+        tl.store(least + tl.program_id(0), found.to(tl.float32, bitcast=True))
+
+    @triton.jit
+    def blocks_kernel(logits, least, temperature, stats, blocks, V: tl.constexpr, BLOCK: tl.constexpr):
+        """Of one block of one row: log-sum-exp of all words, of the allowed words, and the largest."""
+        a, b = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        v = b * BLOCK + tl.arange(0, BLOCK)
+        z = tl.load(logits + a * V + v, v < V, float("-inf")) / tl.load(temperature)
+        top = tl.max(z)
+        p = tl.exp(z - top)
+        at = stats + (a * blocks + b) * 3
+        tl.store(at, top + tl.log(tl.sum(p)))
+        tl.store(at + 1, top + tl.log(tl.sum(tl.where(z >= tl.load(least + a), p, 0.0))))
+        tl.store(at + 2, top)
+
+    @triton.jit
+    def draw_kernel(logits, least, temperature, greedy, stats, blocks, state, eos, tokens, logps, B, C, V: tl.constexpr,
+                    BLOCK: tl.constexpr, MANY: tl.constexpr, EOS: tl.constexpr):  # fmt: skip
+        """draw() of one row from its blocks' statistics, then the row's state: one more token, or the end."""
+        a = tl.program_id(0).to(tl.int64)
+        key, position = tl.load(state + 3 * B + a), tl.load(state + 2 * B + a)
+        is_greedy, heat, floor = tl.load(greedy) != 0, tl.load(temperature), tl.load(least + a)
+
+        b = tl.arange(0, MANY)
+        at, real = stats + (a * blocks + b) * 3, b < blocks
+        whole, allowed = tl.load(at, real, float("-inf")), tl.load(at + 1, real, float("-inf"))
+        best = tl.load(at + 2, real, float("-inf"))
+        zero = b * 0
+        w0, w1, w2, w3 = tl.philox(key, b // 4, zero + position.to(tl.int32), zero + 1, zero)
+        word = tl.where(b % 4 == 0, w0, tl.where(b % 4 == 1, w1, tl.where(b % 4 == 2, w2, w3)))
+        block = tl.argmax(tl.where(is_greedy, best, allowed + exponential_race(word)), 0)
+        peak = tl.max(whole)
+        normaliser = peak + tl.log(tl.sum(tl.exp(whole - peak)))
+
+        c = tl.arange(0, BLOCK // 4)
+        zero = c * 0
+        w0, w1, w2, w3 = tl.philox(key, block * (BLOCK // 4) + c, zero + position.to(tl.int32), zero, zero)
+        winner, token = float("-inf"), block * BLOCK
+        for j in tl.static_range(4):
+            v = block * BLOCK + 4 * c + j
+            z = tl.load(logits + a * V + v, v < V, float("-inf")) / heat
+            noise = exponential_race(w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3)
+            value, i = tl.max(tl.where(z >= floor, tl.where(is_greedy, z, z + noise), float("-inf")), 0, return_indices=True)
+            token = tl.where(value > winner, block * BLOCK + 4 * i + j, token)
+            winner = tl.maximum(value, winner)
+        logp = tl.load(logits + a * V + token) / heat - normaliser
+
+        if tl.load(state + 6 * B + a) == 0:
+            place = tl.load(state + 5 * B + a) * C + position
+            tl.store(tokens + place, token)
+            tl.store(logps + place, logp)
+            tl.store(state + a, token.to(tl.int64))
+            tl.store(state + 1 * B + a, tl.load(state + 1 * B + a) + 1)
+            tl.store(state + 2 * B + a, position + 1)
+            ended = position + 1 == tl.load(state + 4 * B + a)
+            for i in tl.static_range(EOS):
+                ended = ended | (token == tl.load(eos + i))
+            tl.store(state + 6 * B + a, ended.to(tl.int64))
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def graph_sizes(slots: int) -> list[int]:
+    """Numbers of slots to capture a step for: powers of two, then eighths of all, 1 2 4 .. 64 128 192 .. 512 for 512."""
+    eighth = max(1, slots // 8)
+    small = [2**i for i in range(12) if 2**i < eighth]
+    return sorted({*small, *range(eighth, slots, eighth), slots})
+
+
+class Slot:
+    """A running rollout: what was asked, the pages it holds, and a number that tells which slot is younger."""
+
+    def __init__(self, request: Request, pages: list[int], born: int):
+        self.request, self.pages, self.born = request, pages, born
+
 
 class Sampler:
     """
     One copy of the weights, one KV cache, and the rollouts that are being drawn.
 
-    slots: rollouts in flight; context: places per slot, prompt + response. Memory: L x 2 x slots x context x K x E
-    elements of cache beside the weights.
+    slots: rollouts in flight at most; context: tokens of a prompt with its response at most. The cache gets kv_gib GiB or, by
+    default, what the slots can fill, on CUDA at most SHARE of the memory that is free now: the rest is the learner's.
+    fast: None takes the fast path where it can run.
     """
 
     PREFILL_TOKENS = 16384      # prompts computed in one forward: bounds its activations
+    SHARE = 0.4
+    CHUNK = 256                 # keys of one program of attend_kernel
 
-    def __init__(self, cfg: ModelConfig, slots: int, context: int, eos_ids: Iterable[int], device="cpu", dtype=torch.float32):
+    def __init__(self, cfg: ModelConfig, slots: int, context: int, eos_ids: Iterable[int], device="cpu", dtype=torch.float32,
+                 kv_gib: float = 0.0, fast: bool | None = None, page: int | None = None):  # fmt: skip
         if slots < 1:
             raise ValueError(f"sampler: wanted 1 slot or more, found {slots}")
         if not 2 <= context <= cfg.max_position_embeddings:
             raise ValueError(f"sampler: wanted a context of 2 to {cfg.max_position_embeddings} tokens (the model's), "
                              f"found {context}")
-        self.device, self.slots, self.context = torch.device(device), slots, context
+        self.device, self.slots, self.context, self.cfg = torch.device(device), slots, context, cfg
+        fits = triton is not None and cfg.head_dim in (16, 32, 64, 128, 256)
+        self.fast = self.device.type == "cuda" and fits if fast is None else fast
+        self.stride = 8 if self.fast else 1     # decode steps of a launch
+        self.page = page or (64 if self.fast else 16)
         self.eos_ids = frozenset(eos_ids)
-        with self.device:
+        with torch.device("meta"):
             self.model = Model(cfg).to(dtype).eval().requires_grad_(False)
-            shape = (cfg.num_hidden_layers, 2, slots, context, cfg.num_key_value_heads, cfg.head_dim)
-            self.cache = torch.zeros(shape, dtype=dtype)
-            self.input_B = torch.zeros(slots, dtype=torch.long)      # token to feed next
-            self.length_B = torch.zeros(slots, dtype=torch.int32)    # tokens in the cache, = position of that token
-            self.drawn_B = torch.zeros(slots, dtype=torch.long)      # response tokens so far, = counter of the random stream
-            self.key_B = torch.zeros(slots, dtype=torch.long)
+        self.model.to_empty(device=self.device)
+
+        L, K, E = cfg.num_hidden_layers, cfg.num_key_value_heads, cfg.head_dim
+        per_slot = self._pages_for(context) + 1     # one more: the template that a prompt leaves behind
+        page_bytes = 2 * L * K * self.page * E * dtype.itemsize
+        budget = kv_gib * 2**30
+        if not budget and self.device.type == "cuda":
+            budget = self.SHARE * torch.cuda.mem_get_info(self.device)[0]
+        self.pages = min(slots * per_slot, int(budget // page_bytes) if budget else slots * per_slot)
+        if self.pages < per_slot:
+            raise ValueError(f"sampler: {budget / 2**30:.2f} GiB of KV cache hold {self.pages * self.page} tokens, wanted "
+                             f"room for a context of {context}: raise --kv_gib or lower --max_new")
+        with self.device:
+            # page 0 belongs to nobody: unused slots of a graph write there. Zeros: what is masked is multiplied by zero
+            self.cache = torch.zeros(L, 2, self.pages + 1, K, self.page, E, dtype=dtype)
+            self.state = torch.zeros(7, slots, dtype=torch.long)
+            self.table = torch.zeros(slots, self._pages_for(context), dtype=torch.int32)
+            self.tokens = torch.zeros(slots, context, dtype=torch.int32)        # responses, by ROW
+            self.logps = torch.zeros(slots, context)
+            self.eos = torch.tensor(sorted(self.eos_ids), dtype=torch.long)
+        pin = dict(pin_memory=self.device.type == "cuda")
+        self.host_state = torch.zeros(7, slots, dtype=torch.long, **pin)        # between launches these two are the truth
+        self.host_table = torch.zeros(slots, self.table.shape[1], dtype=torch.int32, **pin)
+        self.host_state[DONE] = 1
+        self.state_B, self.table_BN = self.host_state.numpy(), self.host_table.numpy()
+
         self.queue: deque[Request] = deque()
-        self.active: list[tuple[Request, Rollout]] = []             # entry a is slot a
-        self.prompt_kv: OrderedDict[tuple[int, ...], torch.Tensor] = OrderedDict()   # prompt -> (L, 2, P, K, E), newest last
+        self.active: list[Slot] = []                    # entry a is slot a
+        self.launched = False
+        self.rows, self.born, self.preempted = list(range(slots)), 0, 0
+        self.free = list(range(1, self.pages + 1))
+        self.holders = [0] * (self.pages + 1)           # slots that use a page
+        self.held = 0                                   # pages that some slot uses; all others are free or a prompt's
+        self.prompts: OrderedDict[tuple[int, ...], list[int]] = OrderedDict()   # prompt -> its pages, newest last
+        self.of_prompt = [False] * (self.pages + 1)
         self.seed, self.sampling = 0, Sampling()
+        if self.fast:
+            self._prepare()
+
+    def _pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page)
+
+    @property
+    def path(self) -> str:
+        """For the header of a run."""
+        return "Triton kernels in CUDA graphs" if self.fast else "plain torch"
 
     @property
     def busy(self) -> bool:
         return bool(self.queue or self.active)
 
     def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copies new weights into the same buffers. Prompt KV of the old ones is forgotten."""
+        """Copies new weights into the same buffers, so that graphs stay valid. Prompt keys of the old ones are forgotten."""
         self._idle("load")
         own = dict(self.model.named_parameters())
         for name, tensor in named_tensors:
             own.pop(name).copy_(tensor)
         if own:
             raise ValueError(f"sampler: no weights were given for {', '.join(sorted(own)[:3])}")
-        self.prompt_kv.clear()
+        self.forget()
 
     def begin(self, seed: int, sampling: Sampling) -> None:
         """Root of the random streams, and how tokens are drawn, from here on."""
         self._idle("begin")
         self.seed, self.sampling = seed, sampling
+        if self.fast:
+            self.temperature.fill_(sampling.temperature or 1.0)
+            self.greedy.fill_(int(sampling.temperature == 0))
+            self.top_p.fill_(sampling.top_p if sampling.top_p < 1 else 0)       # 0: off
+            self.top_k.fill_(sampling.top_k if sampling.top_k < self.cfg.vocab_size else 0)
+            self.least.fill_(-torch.inf)
 
     def _idle(self, what: str) -> None:
         if self.busy:
@@ -196,69 +547,301 @@ class Sampler:
 
     @torch.inference_mode()
     def step(self) -> list[Rollout]:
-        """Fills free slots from the queue, draws one token for every active slot, and returns the rollouts that ended."""
+        """
+        Takes in what the last launch drew, fills free slots from the queue, launches the next decode steps, and returns the
+        rollouts that ended: what the caller does with them happens while the device works.
+        """
+        ended = self._collect()
         self._admit()
-        A = len(self.active)
-        if A == 0:
+        self._launch()
+        finished = []
+        for request, tokens, logps in ended:
+            tokens = tokens.tolist()
+            finished.append(Rollout(request.problem, request.index, request.prompt, tokens, logps.tolist(),
+                                    truncated=tokens[-1] not in self.eos_ids))
+        return finished
+
+    # ---------------------------------------------------------------------------------------------- pages and slots
+
+    def _hold(self, page: int) -> int:
+        self.held += self.holders[page] == 0
+        self.holders[page] += 1
+        return page
+
+    def _drop(self, page: int) -> None:
+        self.holders[page] -= 1
+        if self.holders[page] == 0:
+            self.held -= 1
+            if not self.of_prompt[page]:
+                self.free.append(page)
+
+    def _take(self, n: int) -> list[int]:
+        """n free pages; where there are fewer, the prompts that were used longest ago give up theirs."""
+        while len(self.free) < n:
+            self._forget_prompt(next(iter(self.prompts)))
+        return [self.free.pop() for _ in range(n)]
+
+    def _forget_prompt(self, prompt: tuple[int, ...]) -> None:
+        for page in self.prompts.pop(prompt):
+            self.of_prompt[page] = False
+            if self.holders[page] == 0:
+                self.free.append(page)
+
+    def forget(self) -> None:
+        """All prompt pages: their keys are those of other weights, or a benchmark begins anew."""
+        while self.prompts:
+            self._forget_prompt(next(iter(self.prompts)))
+
+    def _remove(self, a: int) -> None:
+        """Frees slot a; the last active one moves into the hole."""
+        last = len(self.active) - 1
+        for page in self.active[a].pages:
+            self._drop(page)
+        self.rows.append(int(self.state_B[ROW, a]))
+        self.active[a] = self.active[last]
+        self.state_B[:, a], self.table_BN[a] = self.state_B[:, last], self.table_BN[last]
+        self.state_B[:, last], self.table_BN[last] = 0, 0
+        self.state_B[DONE, last] = 1
+        self.active.pop()
+
+    def _collect(self) -> list[tuple]:
+        """Waits for the launch, and takes out what ended: (request, tokens, logps) of each."""
+        if not self.launched:
             return []
-        longest = max(len(request.prompt) + len(rollout.tokens) for request, rollout in self.active)
-        logits_AV = self.model.decode(self.input_B[:A], self.length_B[:A], self.cache, longest)
-        token_A, logp_A = draw(logits_AV, self.key_B[:A], self.drawn_B[:A], self.sampling)
-        self.input_B[:A] = token_A
-        self.length_B[:A] += 1
-        self.drawn_B[:A] += 1
-        return self._collect(token_A.tolist(), logp_A.tolist())
+        self.launched = False
+        self.host_state.copy_(self.state)
+        done = np.flatnonzero(self.state_B[DONE, : len(self.active)])
+        if not len(done):
+            return []
+        drawn = self.state_B[DRAWN, done]
+        rows = torch.from_numpy(self.state_B[ROW, done]).to(self.device)
+        tokens = self.tokens[rows, : drawn.max()].cpu().numpy()
+        logps = self.logps[rows, : drawn.max()].cpu().numpy()
+        ended = [(self.active[a].request, tokens[i, :n], logps[i, :n]) for i, (a, n) in enumerate(zip(done, drawn))]
+        for a in done[::-1]:        # from the back: what moves into the hole is active
+            self._remove(a)
+        return ended
+
+    def _most_pages(self, request: Request) -> int:
+        return self._pages_for(len(request.prompt) + request.max_new - 1)       # the last token drawn is not fed
 
     def _admit(self) -> None:
-        """Free slots take requests in order. Prompts that are not at hand are computed first, packed, each once."""
-        taken = [self.queue.popleft() for _ in range(min(self.slots - len(self.active), len(self.queue)))]
-        if not taken:
-            return
-        missing = [p for p in dict.fromkeys(r.prompt for r in taken) if p not in self.prompt_kv]
-        while missing:
-            pack, tokens = [], 0
-            while missing and (not pack or tokens + len(missing[0]) <= self.PREFILL_TOKENS):
-                pack.append(missing.pop(0))
-                tokens += len(pack[-1])
-            self._prefill(pack)
-        for request in taken:
-            a, P = len(self.active), len(request.prompt)
-            self.prompt_kv.move_to_end(request.prompt)
-            self.cache[:, :, a, :P] = self.prompt_kv[request.prompt]
-            self.input_B[a], self.length_B[a], self.drawn_B[a] = request.prompt[-1], P - 1, 0
-            self.key_B[a] = stream_key(self.seed, request.problem, request.index)
-            self.active.append((request, Rollout(request.problem, request.index, request.prompt)))
-        # A group's later rounds find their prompt here, up to a quarter of the cache's size; the longest unused go first,
-        # the newest never: with few slots the rest of its group may still be waiting.
-        while len(self.prompt_kv) > 1 and sum(map(len, self.prompt_kv)) > self.slots * self.context // 4:
-            self.prompt_kv.popitem(last=False)
+        """
+        Free slots take requests in order while there are pages: for all that running rollouts may still need, or, where the
+        cache is smaller than that, for one more each.
+        """
+        taken, missing = [], []
+        owed = sum(self._most_pages(s.request) - len(s.pages) for s in self.active)
+        while self.queue and len(self.active) < self.slots:
+            request, begun = self.queue[0], len(self.queue[0].prompt) - 1      # all but the last token
+            shared, rest = divmod(begun, self.page)
+            new = self._pages_for(begun) * (request.prompt not in self.prompts) + (rest > 0)
+            more = self._most_pages(request) - shared - (rest > 0)
+            if self.active and self.pages - self.held - new < min(owed + more, len(self.active) + 1):
+                break
+            owed += more
+            if request.prompt not in self.prompts:
+                self._reserve(request.prompt)
+                missing.append(request.prompt)
+            self.prompts.move_to_end(request.prompt)
+            pages = [self._hold(page) for page in self.prompts[request.prompt]]      # holds the template until it is copied
+            if rest:
+                taken.append((pages[-1], self._hold(self._take(1)[0])))
+                pages[-1] = taken[-1][1]
+            a = len(self.active)
+            self.active.append(Slot(self.queue.popleft(), pages, self.born))
+            self.born += 1
+            key = stream_key(self.seed, request.problem, request.index)
+            self.state_B[:, a] = request.prompt[-1], begun, 0, key, request.max_new, self.rows.pop(), 0
+            self.table_BN[a, : len(pages)] = pages
+        self._look_ahead(missing)
+        self._prefill(missing)
+        if taken:
+            source, target = torch.tensor(taken, device=self.device).T
+            self.cache[:, :, target] = self.cache[:, :, source]
+            for template, _ in taken:
+                self._drop(template)
+
+    def _reserve(self, prompt: tuple[int, ...]) -> None:
+        self.prompts[prompt] = self._take(self._pages_for(len(prompt) - 1))
+        for page in self.prompts[prompt]:
+            self.of_prompt[page] = True
+
+    def _look_ahead(self, missing: list[tuple[int, ...]]) -> None:
+        """A forward over a few prompts takes as long as one over many: where one is due, prompts of the queue join it."""
+        tokens = sum(map(len, missing))
+        for request in self.queue if missing else ():
+            if request.prompt in self.prompts:
+                continue
+            tokens += len(request.prompt)
+            if tokens > self.PREFILL_TOKENS or len(self.free) - self._pages_for(len(request.prompt)) < self.pages // 4:
+                return
+            self._reserve(request.prompt)
+            missing.append(request.prompt)
 
     def _prefill(self, prompts: list[tuple[int, ...]]) -> None:
-        lengths = [len(p) for p in prompts]
-        ids_T = torch.tensor([t for p in prompts for t in p], device=self.device)
-        cu = torch.tensor([0, *lengths], device=self.device).cumsum(0).int()
-        _, kv = self.model.prefill(ids_T, cu, max(lengths))
-        for prompt, part in zip(prompts, kv.split(lengths, dim=2)):
-            self.prompt_kv[prompt] = part.clone()
+        """Keys and values of all but the last token of each prompt, packed, at most PREFILL_TOKENS in one forward."""
+        todo = [prompt for prompt in prompts if len(prompt) > 1]
+        while todo:
+            pack, total = [], 0
+            while todo and (not pack or total + len(todo[0]) <= self.PREFILL_TOKENS):
+                pack.append(todo.pop(0))
+                total += len(pack[-1])
+            lengths = [len(p) - 1 for p in pack]
+            pages = [self.prompts[p][i // self.page] for p, n in zip(pack, lengths) for i in range(n)]
+            ids_T = torch.tensor([t for p in pack for t in p[:-1]], device=self.device)
+            page_T = torch.tensor(pages, device=self.device)
+            cu = torch.tensor([0, *lengths], device=self.device).cumsum(0).int()
+            at_T = positions(cu, len(ids_T))
 
-    def _collect(self, tokens: list[int], logps: list[float]) -> list[Rollout]:
-        """Books the new tokens, takes out what ended, and closes the holes so that the active slots are the first again."""
-        ended = []
-        for a, (request, rollout) in enumerate(self.active):
-            rollout.tokens.append(tokens[a])
-            rollout.logps.append(logps[a])
-            if tokens[a] in self.eos_ids or len(rollout.tokens) == request.max_new:
-                rollout.truncated = tokens[a] not in self.eos_ids
-                ended.append(a)
-        finished = [self.active[a][1] for a in ended]
-        for a in reversed(ended):       # from the back: what moves into the hole is active
-            last = len(self.active) - 1
-            if a < last:
-                request, rollout = self.active[last]
-                P = len(request.prompt) + len(rollout.tokens)
-                self.cache[:, :, a, :P] = self.cache[:, :, last, :P]
-                for state in (self.input_B, self.length_B, self.drawn_B, self.key_B):
-                    state[a] = state[last]
-                self.active[a] = self.active[last]
-            self.active.pop()
-        return finished
+            def attend(layer, q_THE, k_TKE, v_TKE, place=(page_T, slice(None), at_T % self.page), cu=cu, lengths=lengths):
+                for part, new in zip(self.cache[layer], (k_TKE, v_TKE)):
+                    part[place] = new
+                return attend_packed(q_THE, k_TKE, v_TKE, cu, max(lengths))
+
+            self.model.run(ids_T, at_T, attend)
+
+    def _launch(self) -> None:
+        """Gives every active slot the pages of the next `stride` tokens, and starts that many decode steps."""
+        while self.active:
+            A = len(self.active)
+            ends = np.minimum(self.state_B[LENGTH, :A] + self.stride,
+                              self.state_B[LENGTH, :A] - self.state_B[DRAWN, :A] + self.state_B[LIMIT, :A])
+            short = -(-ends // self.page) - [len(s.pages) for s in self.active]
+            if np.maximum(short, 0).sum() <= self.pages - self.held:
+                break
+            youngest = max(range(A), key=lambda a: self.active[a].born)
+            self.queue.appendleft(self.active[youngest].request)
+            self.preempted += 1
+            self._remove(youngest)
+        if not self.active:
+            return
+        for a in np.flatnonzero(short > 0):
+            pages, have = [self._hold(page) for page in self._take(short[a])], len(self.active[a].pages)
+            self.table_BN[a, have : have + len(pages)] = pages
+            self.active[a].pages += pages
+        if self.fast and self.device.type == "cuda":
+            size = next(n for n in self.sizes if n >= A)
+            graph = self._graph(size, self.sampling.cuts)
+        self.state.copy_(self.host_state, non_blocking=True)
+        self.table.copy_(self.host_table, non_blocking=True)
+        for _ in range(self.stride):
+            if not self.fast:
+                self._plain_step(A)
+            elif self.device.type == "cuda":
+                graph.replay()
+            else:
+                self._fast_step(A, self.sampling.cuts)
+        self.launched = True
+
+    # --------------------------------------------------------------------------------------------- the plain path
+
+    def _plain_step(self, A: int) -> None:
+        input_A, length_A, drawn_A, key_A, limit_A, row_A, done_A = self.state[:, :A]
+        K, page = self.cfg.num_key_value_heads, self.page
+        longest = int(self.state_B[LENGTH, :A].max()) + 1       # the host knows: stride is 1
+        rows_AN = self.table[:, : self._pages_for(longest)][:A].long()
+        here_A, inside_A = rows_AN.gather(1, (length_A // page)[:, None])[:, 0], length_A % page
+        seen = (torch.arange(rows_AN.shape[1] * page, device=self.device) <= length_A[:, None])[:, None, None]
+        heads = rows_AN[:, None] * K + torch.arange(K, device=self.device)[None, :, None]      # (A, K, N)
+
+        def attend(layer, q_AHE, k_AKE, v_AKE):
+            for part, new in zip(self.cache[layer], (k_AKE, v_AKE)):
+                part[here_A, :, inside_A] = new
+            k, v = (part.flatten(0, 1)[heads].flatten(2, 3) for part in self.cache[layer])      # (A, K, keys, E)
+            # the H / K query heads that share a KV head stand as query rows, so that keys are not repeated
+            out = F.scaled_dot_product_attention(q_AHE.unflatten(1, (K, -1)), k, v, attn_mask=seen)
+            return out.flatten(1, 2)
+
+        hidden_AD = self.model.run(input_A, length_A, attend)
+        token_A, logp_A = draw(logits_fp32(hidden_AD, self.model.head), key_A, drawn_A, self.sampling)
+        self.tokens[row_A, drawn_A], self.logps[row_A, drawn_A] = token_A.int(), logp_A
+        input_A.copy_(token_A)
+        length_A += 1
+        drawn_A += 1
+        done_A.copy_(torch.isin(token_A, self.eos) | (drawn_A == limit_A))
+
+    # ---------------------------------------------------------------------------------------------- the fast path
+
+    def _prepare(self) -> None:
+        """Buffers that graphs point to. q, k, v and gate, up become one matrix each, of which the parameters are views."""
+        def fuse(linears, name):
+            parts = [getattr(linear, name) for linear in linears]
+            if parts[0] is None:
+                return None
+            whole = torch.cat([p.data for p in parts])
+            for part, view in zip(parts, whole.split([len(p) for p in parts])):
+                part.data = view
+            return whole
+
+        self.fused = []
+        for block in self.model.model.layers:
+            attention = [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj]
+            mlp = [block.mlp.gate_proj, block.mlp.up_proj]
+            self.fused.append((fuse(attention, "weight"), fuse(attention, "bias"), fuse(mlp, "weight")))
+        self.chunks = -(-self.context // self.CHUNK)
+        self.sizes, self.graphs, self.pool = graph_sizes(self.slots), {}, None
+        self.capture_s = 0.0
+        B, V, H, E = self.slots, self.cfg.vocab_size, self.cfg.num_attention_heads, self.cfg.head_dim
+        with self.device:
+            cos, sin = rope_tables(self.cfg, torch.arange(self.context))
+            self.cos, self.sin = cos.contiguous(), sin.contiguous()
+            self.part, self.lse = torch.zeros(B, self.chunks, H, E), torch.zeros(B, self.chunks, H)
+            self.stats, self.least = torch.zeros(B, -(-V // BLOCK), 3), torch.zeros(B)
+            self.temperature, self.top_p, self.top_k = torch.ones(1), torch.zeros(1), torch.zeros(1)
+            self.greedy = torch.zeros(1, dtype=torch.int32)
+
+    def _graph(self, size: int, cuts: bool):
+        """The captured step of `size` slots. All sizes are captured at first need, the largest first, in one memory pool."""
+        if (size, cuts) not in self.graphs:
+            begun = time.perf_counter()
+            self.state[DONE] = 1        # a warm-up must not write: kernels are compiled and libraries loaded before capture
+            self.table.zero_()
+            for n in reversed(self.sizes):
+                self._fast_step(n, cuts)
+                torch.cuda.synchronize()
+                self.graphs[n, cuts] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graphs[n, cuts], pool=self.pool):
+                    self._fast_step(n, cuts)
+                self.pool = self.graphs[n, cuts].pool()
+            torch.cuda.synchronize()
+            self.capture_s += time.perf_counter() - begun
+        return self.graphs[size, cuts]
+
+    def _fast_step(self, A: int, cuts: bool) -> None:
+        """One token for each of the first A slots."""
+        cfg, model = self.cfg, self.model.model
+        D, H, K, E = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+        V, I, B, N = cfg.vocab_size, cfg.intermediate_size, self.slots, self.table.shape[1]
+        group, heads = max(16, next_power_of_two(H // K)), next_power_of_two(H + 2 * K)
+        scale = math.log2(math.e) / math.sqrt(E)
+
+        def add_norm(delta, norm):
+            out = torch.empty_like(x)
+            add_norm_kernel[A,](x, x if delta is None else delta, norm.weight, out, cfg.rms_norm_eps, D, delta is not None,
+                                next_power_of_two(D), num_warps=4)
+            return out
+
+        x, delta = F.embedding(self.state[INPUT, :A], model.embed_tokens.weight), None
+        q, mixed = x.new_empty(A, H * E), x.new_empty(A, H * E)
+        for layer, (block, (qkv_weight, qkv_bias, gate_up_weight)) in enumerate(zip(model.layers, self.fused)):
+            keys, values = self.cache[layer]
+            q_norm, k_norm = (n.weight if cfg.qk_norm else x for n in (block.self_attn.q_norm, block.self_attn.k_norm))
+            qkv = F.linear(add_norm(delta, block.input_layernorm), qkv_weight, qkv_bias)
+            rope_kernel[A,](qkv, q, keys, values, self.state, self.table, self.cos, self.sin, q_norm, k_norm, cfg.rms_norm_eps,
+                            B, N, H, K, E, self.page, cfg.qk_norm, heads)
+            attend_kernel[A, K, self.chunks](q, keys, values, self.state, self.table, self.part, self.lse, scale, B, N, H, K, E,
+                                             self.page, self.CHUNK, self.chunks, group, num_warps=4, num_stages=3)
+            combine_kernel[A, K](self.part, self.lse, self.state, mixed, B, H, K, E, self.CHUNK, self.chunks, group)
+            h = add_norm(F.linear(mixed, block.self_attn.o_proj.weight), block.post_attention_layernorm)
+            gate_up = F.linear(h, gate_up_weight)
+            inner = x.new_empty(A, I)
+            silu_mul_kernel[A, triton.cdiv(I, 1024)](gate_up, inner, I, 1024)
+            delta = F.linear(inner, block.mlp.down_proj.weight)
+        logits = mm_fp32(add_norm(delta, model.norm), self.model.head.t())
+        blocks = self.stats.shape[1]
+        if cuts:
+            least_allowed_kernel[A,](logits, self.least, self.temperature, self.top_p, self.top_k, V, BLOCK, num_warps=8)
+        blocks_kernel[A, blocks](logits, self.least, self.temperature, self.stats, blocks, V, BLOCK)
+        draw_kernel[A,](logits, self.least, self.temperature, self.greedy, self.stats, blocks, self.state, self.eos,
+                        self.tokens, self.logps, B, self.context, V, BLOCK, next_power_of_two(blocks), len(self.eos_ids))

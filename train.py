@@ -70,7 +70,8 @@ class Config(aero.Settings):
     problems: int = knob(32, "problems per step, over all ranks")
     max_new: int = knob(96, "most response tokens; longer ones are cut and count as wrong")
     temperature: float = knob(1.0, "of the policy, when it samples and when it is trained")
-    slots: int = knob(256, "rollouts in flight per rank")
+    slots: int = knob(256, "rollouts in flight per rank, at most")
+    kv_gib: float = knob(0.0, "GiB of KV cache per rank; 0: what the slots can fill, at most 40 % of the GPU memory left")
     graders: int = knob(1, "grading processes per rank")
     rescue_barrier: bool = knob(False, "start no round before all problems have finished theirs; slower, same rollouts")
     # learning
@@ -104,7 +105,7 @@ class Config(aero.Settings):
         for name in ("lr", "temperature", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: wanted a number above 0")
-        for name in ("warmup", "weight_decay", "eval_limit", "seed"):
+        for name in ("warmup", "weight_decay", "eval_limit", "seed", "kv_gib"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: wanted 0 or more")
         if Path(self.name).name != self.name or self.name.startswith("."):
@@ -623,7 +624,7 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
     context = cfg.max_new + max(len(p.prompt) for p in itertools.chain(problems, *held_out.values()))
     stop_ids = data.stop_ids(tokenizer, model_cfg.eos_token_ids)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sampler = Sampler(model_cfg, cfg.slots, context, stop_ids, device, dtype)
+    sampler = Sampler(model_cfg, cfg.slots, context, stop_ids, device, dtype, cfg.kv_gib)
 
     # progress is all that a checkpoint needs beside weights and optimizer: random streams are functions of the step
     progress, found = dict(step=0, cursor=0, totals={}, skipped=0, in_a_row=0), checkpoints(run)

@@ -1,11 +1,15 @@
 """What several test files share: small models, one of them taught to answer, and its problems."""
 
 import json
+import os
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"    # the sampler's kernels run in Triton's interpreter; before triton is imported
 
 from base import character_tokenizer
 from model import Model, ModelConfig, save_folder

@@ -23,10 +23,10 @@ import model as module
 from model import (
     Model,
     ModelConfig,
-    attend_cached,
     attend_packed,
     forward_flops,
     load_weights,
+    logits_fp32,
     resolve,
     save_folder,
     token_logprobs,
@@ -131,47 +131,44 @@ def test_packed_equals_one_by_one(family):
     assert difference(model(ids_T, cu, max_len), torch.cat(alone)) < 2e-5
 
 
+class ListCache:
+    """Keys and values of each sequence in a list, attended to one row at a time in plain arithmetic: for Model.run."""
+
+    def __init__(self, sequences):
+        self.kept = [[] for _ in range(sequences)]      # (layer, k_KE, v_KE) in the order of positions
+
+    def attend(self, sequence_T):
+        def attend(layer, q_THE, k_TKE, v_TKE):
+            out = torch.empty_like(q_THE)
+            for t, s in enumerate(sequence_T):
+                self.kept[s].append((layer, k_TKE[t], v_TKE[t]))
+                k, v = (torch.stack([row[i] for row in self.kept[s] if row[0] == layer]) for i in (1, 2))
+                k, v = (x.repeat_interleave(q_THE.shape[1] // x.shape[1], dim=1) for x in (k, v))
+                weight = torch.einsum("he,khe->hk", q_THE[t], k).div(k.shape[-1] ** 0.5).softmax(-1)
+                out[t] = torch.einsum("hk,khe->he", weight, v)
+            return out
+
+        return attend
+
+
 @pytest.mark.parametrize("index_type", [torch.int32, torch.int64])
 def test_cached_equals_uncached(family, index_type):
-    """Prompts of unequal length through prefill and six decode steps, in the first three of five rows."""
+    """Prompts of unequal length, then six tokens more of each."""
     _, model, _ = family
     ids_T, cu, max_len = packed([15, 30, 9])
     whole = model(ids_T, cu, max_len).split([15, 30, 9])
-    prompts = [9, 24, 3]
-    ids = [part[:n] for part, n in zip(ids_T.split([15, 30, 9]), prompts)]
-    prompt_cu = F.pad(torch.tensor(prompts).cumsum(0), (1, 0)).int()
-    logits_SV, kv = model.prefill(torch.cat(ids), prompt_cu, max(prompts))
-    assert difference(logits_SV, torch.stack([w[n - 1] for w, n in zip(whole, prompts)])) < 2e-5
-    cache = torch.full((*kv.shape[:2], 5, 32, *kv.shape[3:]), torch.nan)  # whatever is read outside the lengths shows
-    cache[:] = 7.0
-    for row, part in enumerate(kv.split(prompts, dim=2)):
-        cache[:, :, row, : part.shape[2]] = part
-    untouched = cache[:, :, 3:].clone()
+    prompts, cache = [9, 24, 3], ListCache(3)
+    ids = torch.cat([part[:n] for part, n in zip(ids_T.split([15, 30, 9]), prompts)])
+    at = torch.cat([torch.arange(n) for n in prompts]).to(index_type)
+    hidden_TD = model.run(ids, at, cache.attend(torch.arange(3).repeat_interleave(torch.tensor(prompts)).tolist()))
+    wanted = torch.cat([w[:n] for w, n in zip(whole, prompts)])
+    assert difference(logits_fp32(hidden_TD, model.head), wanted) < 2e-5
     for step in range(6):
         lengths = [n + step for n in prompts]
         ids_A = torch.stack([part[n] for part, n in zip(ids_T.split([15, 30, 9]), lengths)])
-        logits_AV = model.decode(ids_A, torch.tensor(lengths, dtype=index_type), cache, max(lengths) + 1 + step % 2)
-        assert difference(logits_AV, torch.stack([w[n] for w, n in zip(whole, lengths)])) < 2e-5
-    assert torch.equal(cache[:, :, 3:], untouched)
-
-
-def test_greedy_equals_transformers(family):
-    reference, model, _ = family
-    prompts = [9, 24, 3]
-    ids_T, cu, max_len = packed(prompts, seed=2)
-    logits_AV, kv = model.prefill(ids_T, cu, max_len)
-    cache = kv.new_zeros(*kv.shape[:2], 3, 64, *kv.shape[3:])
-    for row, part in enumerate(kv.split(prompts, dim=2)):
-        cache[:, :, row, : part.shape[2]] = part
-    tokens, len_A = [logits_AV.argmax(-1)], torch.tensor(prompts)
-    for step in range(19):
-        tokens.append(model.decode(tokens[-1], len_A + step, cache, max_len + step + 1).argmax(-1))
-    wanted = [
-        reference.generate(ids[None], attention_mask=torch.ones_like(ids[None]), max_new_tokens=20, do_sample=False)
-        for ids in ids_T.split(prompts)
-    ]
-    for row, (ids, n) in enumerate(zip(wanted, prompts)):
-        assert torch.stack(tokens, 1)[row].tolist() == ids[0, n:].tolist()
+        hidden_AD = model.run(ids_A, torch.tensor(lengths, dtype=index_type), cache.attend(range(3)))
+        wanted = torch.stack([w[n] for w, n in zip(whole, lengths)])
+        assert difference(logits_fp32(hidden_AD, model.head), wanted) < 2e-5
 
 
 def test_gradients_equal_transformers(family):
@@ -234,17 +231,6 @@ class Watch(TorchDispatchMode):
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
                 self.largest = max(self.largest, t.untyped_storage().nbytes())
         return result
-
-
-def test_decode_neither_syncs_nor_copies_the_cache():
-    cfg = ModelConfig.from_dict(FAMILIES["qwen2-tied"].to_dict())
-    model = Model(cfg)
-    cache = torch.zeros(cfg.num_hidden_layers, 2, 8, 4096, cfg.num_key_value_heads, cfg.head_dim)
-    with Watch() as watch:
-        model.decode(torch.zeros(6, dtype=torch.long), torch.arange(6) + 3000, cache, 4000)
-    per_layer = cache[0, 0, :6, :4000].numel() * 4
-    assert watch.largest <= 6 * 4000 * 4 < per_layer  # the mask as fp32 bias, which SDPA makes of a boolean one
-    assert not watch.operations & {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"}
 
 
 def test_token_logprobs_memory_does_not_grow_with_rows():
@@ -578,10 +564,6 @@ def test_other_misuse(folder, tmp_path):
     refused(r"differs from its config in tensor lm_head\.weight", save_folder, tmp_path, model.cfg,
             {name: t for name, t in state.items() if name != "lm_head.weight"})  # fmt: skip
     refused("differs", save_folder, tmp_path, model.cfg, state | {"model.norm.weight": torch.ones(3)})
-    cache = torch.zeros(3, 2, 2, 16, 3, 8)
-    ids_A, len_A = torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long)
-    refused("3 rows up to 4 tokens does not fit", model.decode, ids_A, len_A, cache, 4)
-    refused("2 rows up to 17 tokens does not fit", model.decode, ids_A[:2], len_A[:2], cache, 17)
 
 
 # -------------------------------------------------------------------------------------------------------------- CUDA
@@ -611,44 +593,6 @@ def test_flash_packed_equals_sdpa(H, K, E):
         results.append([out.detach(), q.grad, k.grad, v.grad])
     for got, wanted in zip(*results):
         assert relative(got, wanted) < 6e-3
-
-
-@cuda
-@pytest.mark.parametrize("H, K, E", [(12, 2, 128), (4, 4, 64), (6, 1, 32)])
-def test_flash_cached_equals_sdpa(H, K, E):
-    torch.manual_seed(0)
-    A, C = 7, 640
-    len_A = torch.tensor([1, 2, 64, 65, 333, 639, 640], device="cuda")
-    q = torch.randn(A, H, E, device="cuda").bfloat16()
-    k, v = torch.randn(2, A + 2, C, K, E, device="cuda").bfloat16()
-    got = attend_cached(q, k[:A], v[:A], len_A, C)
-    wanted = attend_cached(q.float(), k[:A].float(), v[:A].float(), len_A, C)
-    for row in range(A):
-        assert relative(got[row], wanted[row]) < 6e-3, f"row of {len_A[row]} keys"
-
-
-@cuda
-def test_decode_on_cuda_without_a_sync(family):
-    """bf16 decode steps agree with the packed forward, and nothing in them waits for the device."""
-    _, _, folder = family
-    model = loaded(folder, torch.bfloat16).cuda()
-    lengths = [9, 24, 3]
-    ids_T, cu, max_len = packed(lengths, device="cuda")
-    whole = model(ids_T, cu, max_len)[cu[1:].long() - 1]
-    prompts = [n - 1 for n in lengths]
-    parts = [part[:-1] for part in ids_T.split(lengths)]
-    _, kv = model.prefill(torch.cat(parts), F.pad(torch.tensor(prompts).cumsum(0), (1, 0)).int().cuda(), max(prompts))
-    cache = kv.new_zeros(*kv.shape[:2], 4, 32, *kv.shape[3:])
-    for row, part in enumerate(kv.split(prompts, dim=2)):
-        cache[:, :, row, : part.shape[2]] = part
-    ids_A, len_A = torch.stack([part[-1] for part in ids_T.split(lengths)]), torch.tensor(prompts, device="cuda")
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        logits_AV = model.decode(ids_A, len_A, cache, 32)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert logits_AV.dtype == torch.float32 and relative(logits_AV, whole) < 0.03
 
 
 @cuda
