@@ -407,8 +407,8 @@ if triton is not None:
             tl.store(state + 1 * B + a, tl.load(state + 1 * B + a) + 1)
             tl.store(state + 2 * B + a, position + 1)
             ended = position + 1 == tl.load(state + 4 * B + a)
-            for i in tl.static_range(EOS):
-                ended = ended | (token == tl.load(eos + i))
+            for one in tl.static_range(EOS):
+                ended = ended | (token == tl.load(eos + one))
             tl.store(state + 6 * B + a, ended.to(tl.int64))
 
 
@@ -441,7 +441,7 @@ class Sampler:
 
     PREFILL_TOKENS = 16384      # prompts computed in one forward: bounds its activations
     SHARE = 0.4
-    CHUNK = 256                 # keys of one program of attend_kernel
+    CHUNK = 512                 # keys of one program of attend_kernel
 
     def __init__(self, cfg: ModelConfig, slots: int, context: int, eos_ids: Iterable[int], device="cpu", dtype=torch.float32,
                  kv_gib: float = 0.0, fast: bool | None = None, page: int | None = None):  # fmt: skip
@@ -831,7 +831,7 @@ class Sampler:
             rope_kernel[A,](qkv, q, keys, values, self.state, self.table, self.cos, self.sin, q_norm, k_norm, cfg.rms_norm_eps,
                             B, N, H, K, E, self.page, cfg.qk_norm, heads)
             attend_kernel[A, K, self.chunks](q, keys, values, self.state, self.table, self.part, self.lse, scale, B, N, H, K, E,
-                                             self.page, self.CHUNK, self.chunks, group, num_warps=4, num_stages=3)
+                                             self.page, self.CHUNK, self.chunks, group, num_warps=2, num_stages=2)
             combine_kernel[A, K](self.part, self.lse, self.state, mixed, B, H, K, E, self.CHUNK, self.chunks, group)
             h = add_norm(F.linear(mixed, block.self_attn.o_proj.weight), block.post_attention_layernorm)
             gate_up = F.linear(h, gate_up_weight)
