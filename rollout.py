@@ -198,115 +198,158 @@ INPUT, LENGTH, DRAWN, KEY, LIMIT, ROW, DONE = range(7)
 if triton is not None:
 
     @triton.jit
-    def add_norm_kernel(x, delta, weight, out, eps, D: tl.constexpr, ADD: tl.constexpr, WIDTH: tl.constexpr):
-        """x += delta; out = RMSNorm(x) weight. One program per row."""
+    def follow(PDL: tl.constexpr):
+        """Programmatic dependent launch: a kernel starts while the one before it ends, and waits here for its results."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def norm_kernel(x, weight, out, eps, D: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr):
+        """RMSNorm. One program per row."""
+        follow(PDL)
         d = tl.arange(0, WIDTH)
         at, mask = tl.program_id(0) * D + d, d < D
-        row = tl.load(x + at, mask, 0.0)
-        if ADD:
-            row = (row.to(tl.float32) + tl.load(delta + at, mask, 0.0).to(tl.float32)).to(row.dtype)
-            tl.store(x + at, row, mask)
-        row = row.to(tl.float32)
+        row = tl.load(x + at, mask, 0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(row * row) / D + eps)
         tl.store(out + at, row * scale * tl.load(weight + d, mask, 0.0).to(tl.float32), mask)
 
     @triton.jit
-    def silu_mul_kernel(gate_up, out, I: tl.constexpr, WIDTH: tl.constexpr):
+    def silu(gate, kind):
+        return (gate / (1 + tl.exp(-gate))).to(kind).to(tl.float32)
+
+    @triton.jit
+    def silu_mul_kernel(gate_up, out, I: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr):
+        follow(PDL)
         a = tl.program_id(0).to(tl.int64)
         i = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
         gate = tl.load(gate_up + a * 2 * I + i, i < I, 0.0)
         up = tl.load(gate_up + a * 2 * I + I + i, i < I, 0.0)
-        gate32 = gate.to(tl.float32)
-        silu = (gate32 / (1 + tl.exp(-gate32))).to(gate.dtype)
-        tl.store(out + a * I + i, silu.to(tl.float32) * up.to(tl.float32), i < I)
+        tl.store(out + a * I + i, silu(gate.to(tl.float32), gate.dtype) * up.to(tl.float32), i < I)
 
     @triton.jit
-    def rope_kernel(qkv, q, keys, values, state, table, cos, sin, q_norm, k_norm, eps, B, N, H: tl.constexpr, K: tl.constexpr,
-                    E: tl.constexpr, PAGE: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
-        """Rotates q and k of one slot (after their norm, for Qwen3), writes q out and k, v into the slot's page."""
-        a = tl.program_id(0)
-        position = tl.load(state + 1 * B + a)
-        page = tl.load(table + a * N + position // PAGE).to(tl.int64)
-        h, e = tl.arange(0, HEADS)[:, None], tl.arange(0, E // 2)[None, :]
-        source = qkv + (a * (H + 2 * K) + h) * E + e
-        low, high = tl.load(source, h < H + 2 * K, 0.0), tl.load(source + E // 2, h < H + 2 * K, 0.0)
-        kind = low.dtype
+    def thin_kernel(x, norm, weight, bias, out, A, eps, D: tl.constexpr, O: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
+                    DEPTH: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, ADD: tl.constexpr,
+                    PDL: tl.constexpr):  # fmt: skip
+        """
+        A matrix product of few rows, which is a stream of weights: out = f(x) weight^T with WIDTH columns per program, all
+        A <= M rows at once. NORM: f is RMSNorm; its scale is a factor of the row, so it is found on the way and applied at the
+        end. SILU: weight holds gate and up, out = silu(gate) up. ADD: out += (the residual).
+        """
+        follow(PDL)
+        m, o = tl.arange(0, M), tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+        acc, squares = tl.zeros([M, WIDTH], tl.float32), tl.zeros([M], tl.float32)
+        up = tl.zeros([M, WIDTH], tl.float32)
+        for first in range(0, D, DEPTH):
+            d = first + tl.arange(0, DEPTH)
+            rows = tl.load(x + m[:, None] * D + d[None, :], (m < A)[:, None] & (d < D)[None, :], 0.0)
+            if NORM:
+                rows32 = rows.to(tl.float32)
+                squares += tl.sum(rows32 * rows32, 1)
+                rows = (rows32 * tl.load(norm + d, d < D, 0.0).to(tl.float32)[None, :]).to(rows.dtype)
+            at, mask = weight + o[None, :].to(tl.int64) * D + d[:, None], (o < O)[None, :] & (d < D)[:, None]
+            acc = tl.dot(rows, tl.load(at, mask, 0.0), acc, input_precision="ieee")
+            if SILU:
+                up = tl.dot(rows, tl.load(at + O * D, mask, 0.0), up, input_precision="ieee")
+        if NORM:
+            scale = tl.rsqrt(squares / D + eps)[:, None]
+            acc, up = acc * scale, up * scale
+        if BIAS:
+            acc += tl.load(bias + o, o < O, 0.0).to(tl.float32)[None, :]
+        kind = out.dtype.element_ty
+        if SILU:
+            acc = silu(acc.to(kind).to(tl.float32), kind) * up.to(kind).to(tl.float32)
+        at, mask = out + m[:, None] * O + o[None, :], (m < A)[:, None] & (o < O)[None, :]
+        if ADD:
+            acc += tl.load(at, mask, 0.0).to(tl.float32)
+        tl.store(at, acc, mask)
+
+    @triton.jit
+    def rotated(low, high, weight, cos, sin, eps, E: tl.constexpr, NORM: tl.constexpr):
+        """The two halves of heads, normalised (Qwen3), then rotated."""
+        kind, e = low.dtype, tl.arange(0, E // 2)[None, :]
         low, high = low.to(tl.float32), high.to(tl.float32)
-        turned = h < H + K      # values are neither normalised nor rotated
         if NORM:
             scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / E + eps)[:, None]
-            w_low = tl.where(h < H, tl.load(q_norm + e), tl.load(k_norm + e)).to(tl.float32)
-            w_high = tl.where(h < H, tl.load(q_norm + e + E // 2), tl.load(k_norm + e + E // 2)).to(tl.float32)
-            low = tl.where(turned, (low * scale * w_low).to(kind).to(tl.float32), low)
-            high = tl.where(turned, (high * scale * w_high).to(kind).to(tl.float32), high)
-        c = tl.where(turned, tl.load(cos + position * (E // 2) + e), 1.0)
-        s = tl.where(turned, tl.load(sin + position * (E // 2) + e), 0.0)
-        low, high = low * c - high * s, high * c + low * s
-        tl.store(q + (a * H + h) * E + e, low, h < H)
-        tl.store(q + (a * H + h) * E + e + E // 2, high, h < H)
-        inside = (page * K * PAGE + position % PAGE) * E + e
-        key = keys + inside + (h - H) * (PAGE * E)
-        tl.store(key, low, (h >= H) & turned)
-        tl.store(key + E // 2, high, (h >= H) & turned)
-        value = values + inside + (h - H - K) * (PAGE * E)
-        tl.store(value, low, (h >= H + K) & (h < H + 2 * K))
-        tl.store(value + E // 2, high, (h >= H + K) & (h < H + 2 * K))
+            low = (low * scale * tl.load(weight + e).to(tl.float32)).to(kind).to(tl.float32)
+            high = (high * scale * tl.load(weight + E // 2 + e).to(tl.float32)).to(kind).to(tl.float32)
+        return (low * cos - high * sin).to(kind), (high * cos + low * sin).to(kind)
 
     @triton.jit
-    def attend_kernel(q, keys, values, state, table, part, lse, scale, B, N, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
-                      PAGE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, G: tl.constexpr):  # fmt: skip
+    def attend_kernel(qkv, keys, values, state, table, cos, sin, q_norm, k_norm, part, lse, eps, scale, B, N, H: tl.constexpr,
+                      K: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+                      G: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
         """
         Online softmax (FlashDecoding) of one slot, one KV head, one chunk of keys: the H / K query heads that share the KV
         head stand in one tile of G rows, so each key and value is read once. Chunks have a fixed number of keys, not a fixed
-        share of them: the result does not depend on the batch, and ragged lengths are balanced.
+        share of them, so ragged lengths are balanced. The new key opens the softmax of the last chunk, which writes it and
+        its value into their page.
         """
+        follow(PDL)
         a, k, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-        length = (tl.load(state + 1 * B + a) + 1).to(tl.int32)     # the new key is in its page already
+        position = tl.load(state + 1 * B + a).to(tl.int32)      # of the new key; as many stand in the cache
         first = chunk * CHUNK
-        if first < length:
-            g, e, t = tl.arange(0, G), tl.arange(0, E), tl.arange(0, PAGE)
+        if first <= position:
+            g, half, e, t = tl.arange(0, G), tl.arange(0, E // 2)[None, :], tl.arange(0, E)[None, :], tl.arange(0, PAGE)
             real = g < H // K
-            rows = tl.load(q + (a * H + k * (H // K) + g)[:, None] * E + e[None, :], real[:, None], 0.0)
-            top = tl.full([G], float("-inf"), tl.float32)
-            total = tl.zeros([G], tl.float32)
-            mix = tl.zeros([G, E], tl.float32)
-            pages = table + a * N + first // PAGE
-            for i in range(tl.cdiv(tl.minimum(length - first, CHUNK), PAGE)):
-                place = ((tl.load(pages + i).to(tl.int64) * K + k) * PAGE + t) * E
-                key = tl.load(keys + place[None, :] + e[:, None])                                   # (E, PAGE)
-                score = tl.dot(rows, key, input_precision="ieee") * scale                           # in powers of two
-                score = tl.where((first + i * PAGE + t < length)[None, :], score, float("-inf"))
+            c, s = tl.load(cos + position * (E // 2) + half), tl.load(sin + position * (E // 2) + half)
+            row, pages = qkv + a * (H + 2 * K) * E, table + a * N
+            at = row + (k * (H // K) + g)[:, None] * E + half
+            q_low, q_high = tl.load(at, real[:, None], 0.0), tl.load(at + E // 2, real[:, None], 0.0)
+            q_low, q_high = rotated(q_low, q_high, q_norm, c, s, eps, E, NORM)
+            if position < first + CHUNK:
+                at = row + (H + k) * E + half
+                k_low, k_high = rotated(tl.load(at), tl.load(at + E // 2), k_norm, c, s, eps, E, NORM)
+                value = tl.load(row + (H + K + k) * E + e)
+                place = ((tl.load(pages + position // PAGE).to(tl.int64) * K + k) * PAGE + position % PAGE) * E
+                tl.store(keys + place + half, k_low)
+                tl.store(keys + place + E // 2 + half, k_high)
+                tl.store(values + place + e, value)
+                top = (tl.sum(q_low.to(tl.float32) * k_low.to(tl.float32), 1)
+                       + tl.sum(q_high.to(tl.float32) * k_high.to(tl.float32), 1)) * scale
+                total = tl.full([G], 1.0, tl.float32)
+                mix = tl.zeros([G, E], tl.float32) + value.to(tl.float32)
+            else:
+                top = tl.full([G], float("-inf"), tl.float32)
+                total = tl.zeros([G], tl.float32)
+                mix = tl.zeros([G, E], tl.float32)
+            for i in range(tl.cdiv(tl.minimum(position - first, CHUNK), PAGE)):
+                place = ((tl.load(pages + first // PAGE + i).to(tl.int64) * K + k) * PAGE + t) * E
+                at = keys + place[None, :] + tl.arange(0, E // 2)[:, None]                          # (E / 2, PAGE)
+                score = tl.dot(q_low, tl.load(at), input_precision="ieee")
+                score = tl.dot(q_high, tl.load(at + E // 2), score, input_precision="ieee") * scale    # in powers of two
+                score = tl.where((first + i * PAGE + t < position)[None, :], score, float("-inf"))
                 higher = tl.maximum(top, tl.max(score, 1))
                 p = tl.exp2(score - higher[:, None])
                 shrink = tl.exp2(top - higher)
                 total = total * shrink + tl.sum(p, 1)
-                value = tl.load(values + place[:, None] + e[None, :])                               # (PAGE, E)
+                value = tl.load(values + place[:, None] + e)                                        # (PAGE, E)
                 mix = tl.dot(p.to(value.dtype), value, mix * shrink[:, None], input_precision="ieee")
                 top = higher
             at = (a * CHUNKS + chunk) * H + k * (H // K) + g
-            tl.store(part + at[:, None] * E + e[None, :], mix / total[:, None], real[:, None])
+            tl.store(part + at[:, None] * E + e, mix / total[:, None], real[:, None])
             tl.store(lse + at, top + tl.log2(total), real)
 
     @triton.jit
     def combine_kernel(part, lse, state, out, B, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr,
-                       CHUNKS: tl.constexpr, G: tl.constexpr):  # fmt: skip
+                       CHUNKS: tl.constexpr, G: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
         """The chunks' mixtures, weighed by their share of the softmax's denominator."""
+        follow(PDL)
         a, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        length = (tl.load(state + 1 * B + a) + 1).to(tl.int32)
-        g, e = tl.arange(0, G), tl.arange(0, E)
+        g, e = tl.arange(0, G), tl.arange(0, E)[None, :]
         real = g < H // K
         top = tl.full([G], float("-inf"), tl.float32)
         total = tl.zeros([G], tl.float32)
         mix = tl.zeros([G, E], tl.float32)
-        for chunk in range(tl.cdiv(length, CHUNK)):
+        for chunk in range(tl.load(state + 1 * B + a).to(tl.int32) // CHUNK + 1):
             at = (a * CHUNKS + chunk) * H + k * (H // K) + g
             this = tl.load(lse + at, real, 0.0)
             higher = tl.maximum(top, this)
             shrink, weight = tl.exp2(top - higher), tl.exp2(this - higher)
-            mix = mix * shrink[:, None] + weight[:, None] * tl.load(part + at[:, None] * E + e[None, :], real[:, None], 0.0)
+            mix = mix * shrink[:, None] + weight[:, None] * tl.load(part + at[:, None] * E + e, real[:, None], 0.0)
             total = total * shrink + weight
             top = higher
-        tl.store(out + (a * H + k * (H // K) + g)[:, None] * E + e[None, :], mix / total[:, None], real[:, None])
+        tl.store(out + (a * H + k * (H // K) + g)[:, None] * E + e, mix / total[:, None], real[:, None])
 
     @triton.jit
     def exponential_race(word):
@@ -316,8 +359,10 @@ if triton is not None:
         return -tl.log(tl.where(w < 0.04, series, -tl.log(1 - w)))
 
     @triton.jit
-    def least_allowed_kernel(logits, least, temperature, top_p, top_k, V: tl.constexpr, BLOCK: tl.constexpr):
+    def least_allowed_kernel(logits, least, temperature, top_p, top_k, V: tl.constexpr, BLOCK: tl.constexpr,
+                             PDL: tl.constexpr):  # fmt: skip
         """least_allowed() of one row. Its 32 (or 64) passes over the row read the cache, not the memory."""
+        follow(PDL)
         row = logits + tl.program_id(0).to(tl.int64) * V
         heat, p_wanted, k_wanted = tl.load(temperature), tl.load(top_p), tl.load(top_k)
         v = tl.arange(0, BLOCK)
@@ -355,8 +400,9 @@ if triton is not None:
         tl.store(least + tl.program_id(0), found.to(tl.float32, bitcast=True))
 
     @triton.jit
-    def blocks_kernel(logits, least, temperature, stats, blocks, V: tl.constexpr, BLOCK: tl.constexpr):
+    def blocks_kernel(logits, least, temperature, stats, blocks, V: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
         """Of one block of one row: log-sum-exp of all words, of the allowed words, and the largest."""
+        follow(PDL)
         a, b = tl.program_id(0).to(tl.int64), tl.program_id(1)
         v = b * BLOCK + tl.arange(0, BLOCK)
         z = tl.load(logits + a * V + v, v < V, float("-inf")) / tl.load(temperature)
@@ -369,8 +415,9 @@ if triton is not None:
 
     @triton.jit
     def draw_kernel(logits, least, temperature, greedy, stats, blocks, state, eos, tokens, logps, B, C, V: tl.constexpr,
-                    BLOCK: tl.constexpr, MANY: tl.constexpr, EOS: tl.constexpr):  # fmt: skip
+                    BLOCK: tl.constexpr, MANY: tl.constexpr, EOS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
         """draw() of one row from its blocks' statistics, then the row's state: one more token, or the end."""
+        follow(PDL)
         a = tl.program_id(0).to(tl.int64)
         key, position = tl.load(state + 3 * B + a), tl.load(state + 2 * B + a)
         is_greedy, heat, floor = tl.load(greedy) != 0, tl.load(temperature), tl.load(least + a)
@@ -441,7 +488,9 @@ class Sampler:
 
     PREFILL_TOKENS = 16384      # prompts computed in one forward: bounds its activations
     SHARE = 0.4
-    CHUNK = 512                 # keys of one program of attend_kernel
+    CHUNK = 512                 # keys of one program of attend_kernel; half as many for few slots
+    THIN = 64                   # most slots whose matrix products go through thin_kernel
+    PDL = True
 
     def __init__(self, cfg: ModelConfig, slots: int, context: int, eos_ids: Iterable[int], device="cpu", dtype=torch.float32,
                  kv_gib: float = 0.0, fast: bool | None = None, page: int | None = None):  # fmt: skip
@@ -451,7 +500,7 @@ class Sampler:
             raise ValueError(f"sampler: wanted a context of 2 to {cfg.max_position_embeddings} tokens (the model's), "
                              f"found {context}")
         self.device, self.slots, self.context, self.cfg = torch.device(device), slots, context, cfg
-        fits = triton is not None and cfg.head_dim in (16, 32, 64, 128, 256)
+        fits = triton is not None and cfg.head_dim in (32, 64, 128, 256)
         self.fast = self.device.type == "cuda" and fits if fast is None else fast
         self.stride = 8 if self.fast else 1     # decode steps of a launch
         self.page = page or (64 if self.fast else 16)
@@ -631,6 +680,8 @@ class Sampler:
         cache is smaller than that, for one more each.
         """
         taken, missing = [], []
+        if not self.queue:
+            return
         owed = sum(self._most_pages(s.request) - len(s.pages) for s in self.active)
         while self.queue and len(self.active) < self.slots:
             request, begun = self.queue[0], len(self.queue[0].prompt) - 1      # all but the last token
@@ -779,14 +830,15 @@ class Sampler:
             attention = [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj]
             mlp = [block.mlp.gate_proj, block.mlp.up_proj]
             self.fused.append((fuse(attention, "weight"), fuse(attention, "bias"), fuse(mlp, "weight")))
-        self.chunks = -(-self.context // self.CHUNK)
+        chunks = -(-self.context // (self.CHUNK // 2))
+        self.pdl = self.PDL and self.device.type == "cuda"
         self.sizes, self.graphs, self.pool = graph_sizes(self.slots), {}, None
         self.capture_s = 0.0
         B, V, H, E = self.slots, self.cfg.vocab_size, self.cfg.num_attention_heads, self.cfg.head_dim
         with self.device:
             cos, sin = rope_tables(self.cfg, torch.arange(self.context))
             self.cos, self.sin = cos.contiguous(), sin.contiguous()
-            self.part, self.lse = torch.zeros(B, self.chunks, H, E), torch.zeros(B, self.chunks, H)
+            self.part, self.lse = torch.zeros(B, chunks, H, E), torch.zeros(B, chunks, H)
             self.stats, self.least = torch.zeros(B, -(-V // BLOCK), 3), torch.zeros(B)
             self.temperature, self.top_p, self.top_k = torch.ones(1), torch.zeros(1), torch.zeros(1)
             self.greedy = torch.zeros(1, dtype=torch.int32)
@@ -809,39 +861,54 @@ class Sampler:
         return self.graphs[size, cuts]
 
     def _fast_step(self, A: int, cuts: bool) -> None:
-        """One token for each of the first A slots."""
-        cfg, model = self.cfg, self.model.model
+        """One token for each of the first A slots. Few rows stream the weights through thin_kernel, many take cuBLAS."""
+        cfg, model, thin = self.cfg, self.model.model, A <= self.THIN
         D, H, K, E = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         V, I, B, N = cfg.vocab_size, cfg.intermediate_size, self.slots, self.table.shape[1]
-        group, heads = max(16, next_power_of_two(H // K)), next_power_of_two(H + 2 * K)
-        scale = math.log2(math.e) / math.sqrt(E)
+        group, scale, blocks = max(16, next_power_of_two(H // K)), math.log2(math.e) / math.sqrt(E), self.stats.shape[1]
+        chunk = self.CHUNK // 2 if A <= 128 else self.CHUNK
+        chunks = -(-self.context // chunk)
+        pdl = dict(PDL=True, launch_pdl=True) if self.pdl else dict(PDL=False)
 
-        def add_norm(delta, norm):
+        def norm(weight):
             out = torch.empty_like(x)
-            add_norm_kernel[A,](x, x if delta is None else delta, norm.weight, out, cfg.rms_norm_eps, D, delta is not None,
-                                next_power_of_two(D), num_warps=4)
+            norm_kernel[A,](x, weight, out, cfg.rms_norm_eps, D, next_power_of_two(D), **pdl)
             return out
 
-        x, delta = F.embedding(self.state[INPUT, :A], model.embed_tokens.weight), None
-        q, mixed = x.new_empty(A, H * E), x.new_empty(A, H * E)
+        def stream(rows, norm, weight, bias, out, width, silu=False, add=False):
+            depth, O = rows.shape[1], out.shape[1]
+            thin_kernel[triton.cdiv(O, width),](rows, rows if norm is None else norm, weight, rows if bias is None else bias,
+                                                out, A, cfg.rms_norm_eps, depth, O, max(16, next_power_of_two(A)), width, 128,
+                                                norm is not None, bias is not None, silu, add, num_stages=4, **pdl)
+            return out
+
+        x = F.embedding(self.state[INPUT, :A], model.embed_tokens.weight)
+        mixed = x.new_empty(A, H * E)
         for layer, (block, (qkv_weight, qkv_bias, gate_up_weight)) in enumerate(zip(model.layers, self.fused)):
-            keys, values = self.cache[layer]
+            first, second = block.input_layernorm.weight, block.post_attention_layernorm.weight
+            o_weight, down_weight = block.self_attn.o_proj.weight, block.mlp.down_proj.weight
             q_norm, k_norm = (n.weight if cfg.qk_norm else x for n in (block.self_attn.q_norm, block.self_attn.k_norm))
-            qkv = F.linear(add_norm(delta, block.input_layernorm), qkv_weight, qkv_bias)
-            rope_kernel[A,](qkv, q, keys, values, self.state, self.table, self.cos, self.sin, q_norm, k_norm, cfg.rms_norm_eps,
-                            B, N, H, K, E, self.page, cfg.qk_norm, heads)
-            attend_kernel[A, K, self.chunks](q, keys, values, self.state, self.table, self.part, self.lse, scale, B, N, H, K, E,
-                                             self.page, self.CHUNK, self.chunks, group, num_warps=2, num_stages=2)
-            combine_kernel[A, K](self.part, self.lse, self.state, mixed, B, H, K, E, self.CHUNK, self.chunks, group)
-            h = add_norm(F.linear(mixed, block.self_attn.o_proj.weight), block.post_attention_layernorm)
-            gate_up = F.linear(h, gate_up_weight)
+            if thin:
+                qkv = stream(x, first, qkv_weight, qkv_bias, x.new_empty(A, (H + 2 * K) * E), 16)
+            else:
+                qkv = F.linear(norm(first), qkv_weight, qkv_bias)
+            keys, values = self.cache[layer]
+            attend_kernel[A, K, chunks](qkv, keys, values, self.state, self.table, self.cos, self.sin, q_norm, k_norm,
+                                        self.part, self.lse, cfg.rms_norm_eps, scale, B, N, H, K, E, self.page, chunk, chunks,
+                                        group, cfg.qk_norm, num_warps=2, num_stages=2, **pdl)
+            combine_kernel[A, K](self.part, self.lse, self.state, mixed, B, H, K, E, chunk, chunks, group, **pdl)
             inner = x.new_empty(A, I)
-            silu_mul_kernel[A, triton.cdiv(I, 1024)](gate_up, inner, I, 1024)
-            delta = F.linear(inner, block.mlp.down_proj.weight)
-        logits = mm_fp32(add_norm(delta, model.norm), self.model.head.t())
-        blocks = self.stats.shape[1]
+            if thin:
+                stream(mixed, None, o_weight, None, x, 16, add=True)
+                stream(x, second, gate_up_weight, None, inner, 32, silu=True)
+                stream(inner, None, down_weight, None, x, 16, add=True)
+            else:
+                x.addmm_(mixed, o_weight.t())
+                silu_mul_kernel[A, triton.cdiv(I, 1024)](F.linear(norm(second), gate_up_weight), inner, I, 1024, **pdl)
+                x.addmm_(inner, down_weight.t())
+        logits = mm_fp32(norm(model.norm.weight), self.model.head.t())
         if cuts:
-            least_allowed_kernel[A,](logits, self.least, self.temperature, self.top_p, self.top_k, V, BLOCK, num_warps=8)
-        blocks_kernel[A, blocks](logits, self.least, self.temperature, self.stats, blocks, V, BLOCK)
+            least_allowed_kernel[A,](logits, self.least, self.temperature, self.top_p, self.top_k, V, BLOCK, num_warps=8, **pdl)
+        blocks_kernel[A, blocks](logits, self.least, self.temperature, self.stats, blocks, V, BLOCK, **pdl)
         draw_kernel[A,](logits, self.least, self.temperature, self.greedy, self.stats, blocks, self.state, self.eos,
-                        self.tokens, self.logps, B, self.context, V, BLOCK, next_power_of_two(blocks), len(self.eos_ids))
+                        self.tokens, self.logps, B, self.context, V, BLOCK, next_power_of_two(blocks), len(self.eos_ids), **pdl)
