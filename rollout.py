@@ -247,10 +247,10 @@ if triton is not None:
                 rows32 = rows.to(tl.float32)
                 squares += tl.sum(rows32 * rows32, 1)
                 rows = (rows32 * tl.load(norm + d, d < D, 0.0).to(tl.float32)[None, :]).to(rows.dtype)
-            at, mask = weight + o[None, :].to(tl.int64) * D + d[:, None], (o < O)[None, :] & (d < D)[:, None]
-            acc = tl.dot(rows, tl.load(at, mask, 0.0), acc, input_precision="ieee")
+            column, real = weight + o[None, :].to(tl.int64) * D + d[:, None], (o < O)[None, :] & (d < D)[:, None]
+            acc = tl.dot(rows, tl.load(column, real, 0.0), acc, input_precision="ieee")
             if SILU:
-                up = tl.dot(rows, tl.load(at + O * D, mask, 0.0), up, input_precision="ieee")
+                up = tl.dot(rows, tl.load(column + O * D, real, 0.0), up, input_precision="ieee")
         if NORM:
             scale = tl.rsqrt(squares / D + eps)[:, None]
             acc, up = acc * scale, up * scale
@@ -267,7 +267,8 @@ if triton is not None:
     @triton.jit
     def rotated(low, high, weight, cos, sin, eps, E: tl.constexpr, NORM: tl.constexpr):
         """The two halves of heads, normalised (Qwen3), then rotated."""
-        kind, e = low.dtype, tl.arange(0, E // 2)[None, :]
+        kind = low.dtype
+        e = tl.arange(0, E // 2)[None, :]
         low, high = low.to(tl.float32), high.to(tl.float32)
         if NORM:
             scale = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / E + eps)[:, None]
@@ -298,26 +299,28 @@ if triton is not None:
             q_low, q_high = tl.load(at, real[:, None], 0.0), tl.load(at + E // 2, real[:, None], 0.0)
             q_low, q_high = rotated(q_low, q_high, q_norm, c, s, eps, E, NORM)
             if position < first + CHUNK:
-                at = row + (H + k) * E + half
-                k_low, k_high = rotated(tl.load(at), tl.load(at + E // 2), k_norm, c, s, eps, E, NORM)
-                value = tl.load(row + (H + K + k) * E + e)
-                place = ((tl.load(pages + position // PAGE).to(tl.int64) * K + k) * PAGE + position % PAGE) * E
-                tl.store(keys + place + half, k_low)
-                tl.store(keys + place + E // 2 + half, k_high)
-                tl.store(values + place + e, value)
+                new = row + (H + k) * E
+                k_low, k_high = tl.load(new + half), tl.load(new + E // 2 + half)
+                k_low, k_high = rotated(k_low, k_high, k_norm, c, s, eps, E, NORM)
+                v_new = tl.load(new + K * E + e)
+                page = tl.load(pages + position // PAGE).to(tl.int64)
+                there = ((page * K + k) * PAGE + position % PAGE) * E
+                tl.store(keys + there + half, k_low)
+                tl.store(keys + there + E // 2 + half, k_high)
+                tl.store(values + there + e, v_new)
                 top = (tl.sum(q_low.to(tl.float32) * k_low.to(tl.float32), 1)
                        + tl.sum(q_high.to(tl.float32) * k_high.to(tl.float32), 1)) * scale
                 total = tl.full([G], 1.0, tl.float32)
-                mix = tl.zeros([G, E], tl.float32) + value.to(tl.float32)
+                mix = tl.zeros([G, E], tl.float32) + v_new.to(tl.float32)
             else:
                 top = tl.full([G], float("-inf"), tl.float32)
                 total = tl.zeros([G], tl.float32)
                 mix = tl.zeros([G, E], tl.float32)
             for i in range(tl.cdiv(tl.minimum(position - first, CHUNK), PAGE)):
                 place = ((tl.load(pages + first // PAGE + i).to(tl.int64) * K + k) * PAGE + t) * E
-                at = keys + place[None, :] + tl.arange(0, E // 2)[:, None]                          # (E / 2, PAGE)
-                score = tl.dot(q_low, tl.load(at), input_precision="ieee")
-                score = tl.dot(q_high, tl.load(at + E // 2), score, input_precision="ieee") * scale    # in powers of two
+                key = keys + place[None, :] + tl.arange(0, E // 2)[:, None]                         # (E / 2, PAGE)
+                score = tl.dot(q_low, tl.load(key), input_precision="ieee")
+                score = tl.dot(q_high, tl.load(key + E // 2), score, input_precision="ieee") * scale   # in powers of two
                 score = tl.where((first + i * PAGE + t < position)[None, :], score, float("-inf"))
                 higher = tl.maximum(top, tl.max(score, 1))
                 p = tl.exp2(score - higher[:, None])
@@ -326,9 +329,9 @@ if triton is not None:
                 value = tl.load(values + place[:, None] + e)                                        # (PAGE, E)
                 mix = tl.dot(p.to(value.dtype), value, mix * shrink[:, None], input_precision="ieee")
                 top = higher
-            at = (a * CHUNKS + chunk) * H + k * (H // K) + g
-            tl.store(part + at[:, None] * E + e, mix / total[:, None], real[:, None])
-            tl.store(lse + at, top + tl.log2(total), real)
+            slot = (a * CHUNKS + chunk) * H + k * (H // K) + g
+            tl.store(part + slot[:, None] * E + e, mix / total[:, None], real[:, None])
+            tl.store(lse + slot, top + tl.log2(total), real)
 
     @triton.jit
     def combine_kernel(part, lse, state, out, B, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr,
