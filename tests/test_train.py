@@ -31,10 +31,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import aero
 import base
 import data
+import learner
 import report
 import train
-from model import Model, ModelConfig, load_weights
-from train import Config, Trained, pack, packed, parse, update
+from learner import Trained, pack, packed, update
+from model import Model, ModelConfig, load_weights, read_weights
+from train import Config, parse
 
 ROOT = Path(train.__file__).parent
 NAN = float("nan")
@@ -199,7 +201,7 @@ def test_settings_of_a_wrong_type(tmp_path, settings):
 def test_every_setting_is_read():
     """By the code that runs, not by check(): a flag that does nothing is worse than none."""
     read = set()
-    for file in ("train.py", "aero.py", "report.py"):
+    for file in ("train.py", "learner.py", "aero.py", "report.py"):
         tree = ast.parse((ROOT / file).read_text())
         for node in ast.walk(tree):
             node.body = [n for n in node.body if getattr(n, "name", "") != "check"] if isinstance(node, ast.ClassDef) else \
@@ -342,7 +344,7 @@ def test_output_folder_of_another_configuration(reference, flags, capsys):
 
 
 def test_doctests():
-    for module in (train, aero):
+    for module in (learner, aero):
         assert doctest.testmod(module).failed == 0
 
 
@@ -351,7 +353,7 @@ def test_pack_properties():
     for _ in range(300):
         lengths = [rng.randint(1, rng.choice([5, 60, 200])) for _ in range(rng.randint(1, 40))]
         world, cap = rng.choice([1, 2, 3, 8]), rng.choice([1, 50, 100, 1000])
-        ranks = pack(lengths, world, cap)
+        ranks = pack([n * (30 + n) for n in lengths], lengths, world, cap)
         assert len(ranks) == world and len({len(rank) for rank in ranks}) == 1 and ranks[0]
         bins = [b for rank in ranks for b in rank]
         assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
@@ -396,13 +398,13 @@ def one_process():
 
 
 @pytest.fixture
-def learner(one_process, student):
-    """learner(optimizer kind): (sharded model of one rank, optimizer), as train() makes them."""
+def fresh(one_process, student):
+    """fresh(optimizer kind): (sharded model of one rank, optimizer), as train() makes them."""
 
     def make(kind=None, **changes):
         cfg = Config(**dict(dict(max_new=20, grad_clip=1e9, temperature=0.9), **changes))
         model_cfg, device = ModelConfig.from_folder(student.model), torch.device("cpu")
-        model, optimizer = train.make_learner(model_cfg, cfg, device, lambda m: load_weights(m, student.model))
+        model, optimizer = train.make_learner(model_cfg, cfg, device, lambda m: read_weights(m, student.model))
         return cfg, model, kind(model.parameters(), lr=1.0) if kind else optimizer
 
     return make
@@ -423,11 +425,11 @@ def unequal_batch(seed=0):
 
 
 @pytest.mark.parametrize("norm", aero.LOSS_NORMS)
-def test_micro_batches_do_not_matter(learner, norm):
+def test_micro_batches_do_not_matter(fresh, norm):
     """Under SGD, whose step is the gradient, here of norm 1."""
     after, metrics = [], []
     for cap in (10_000, 40, 1):
-        cfg, model, optimizer = learner(torch.optim.SGD, loss_norm=norm, micro_tokens=cap, grad_clip=1.0)
+        cfg, model, optimizer = fresh(torch.optim.SGD, loss_norm=norm, micro_tokens=cap, grad_clip=1.0)
         metrics.append(update(model, optimizer, unequal_batch(), 1.0, cfg, 0, 1, torch.device("cpu")))
         after.append(weights_of(model))
     for other, m in zip(after[1:], metrics[1:]):
@@ -470,9 +472,9 @@ def loss_by_hand(model, batch, cfg, ratio_against_sampler):
 
 @pytest.mark.parametrize("norm", aero.LOSS_NORMS)
 @pytest.mark.parametrize("updates", [1, 2])
-def test_loss_by_hand(learner, student, norm, updates):
+def test_loss_by_hand(fresh, student, norm, updates):
     """Loss, gradient and metrics. With one update the ratio is 1; with two it is against the sampler's log-probs."""
-    cfg, model, optimizer = learner(torch.optim.SGD, loss_norm=norm, updates_per_batch=updates, clip_high=0.3)
+    cfg, model, optimizer = fresh(torch.optim.SGD, loss_norm=norm, updates_per_batch=updates, clip_high=0.3)
     plain = Model(ModelConfig.from_folder(student.model))
     load_weights(plain, student.model)
     batch = []
@@ -498,9 +500,9 @@ def test_loss_by_hand(learner, student, norm, updates):
         assert 0 < metrics["loss/clip_frac"] < 1
 
 
-def test_first_of_two_updates_is_on_policy(learner):
+def test_first_of_two_updates_is_on_policy(fresh):
     """With the sampler's own log-probs the first ratio is 1, so a mean other than 1 comes from the second."""
-    cfg, model, optimizer = learner(updates_per_batch=2)
+    cfg, model, optimizer = fresh(updates_per_batch=2)
     with torch.no_grad():
         batch = []
         for x in unequal_batch():
@@ -513,9 +515,9 @@ def test_first_of_two_updates_is_on_policy(learner):
     assert abs(moving["loss/ratio_mean"] - 1) > 1e-3 and moving["mismatch/max_abs"] < 1e-5
 
 
-def test_eos_is_trained(learner, student):
+def test_eos_is_trained(fresh, student):
     """A response that is EOS alone, with a positive advantage: EOS grows likelier after its prompt."""
-    cfg, model, optimizer = learner(torch.optim.SGD)
+    cfg, model, optimizer = fresh(torch.optim.SGD)
     eos, prompt = student.tokenizer.eos_token_id, (40, 41)
 
     def chance():
@@ -529,8 +531,8 @@ def test_eos_is_trained(learner, student):
 
 
 @pytest.mark.parametrize("bad", [NAN, math.inf, 1e38])
-def test_a_gradient_that_is_not_finite_changes_nothing(learner, bad):
-    cfg, model, optimizer = learner()
+def test_a_gradient_that_is_not_finite_changes_nothing(fresh, bad):
+    cfg, model, optimizer = fresh()
     batch = unequal_batch()
     update(model, optimizer, batch, 1e-3, cfg, 0, 1, torch.device("cpu"))
     weights, state = weights_of(model), [{k: v.clone() for k, v in s.items()} for s in optimizer.state.values()]
@@ -544,8 +546,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(learner, bad):
     assert update(model, optimizer, unequal_batch(), 1e-3, cfg, 0, 1, torch.device("cpu"))["optim/skipped"] == 0
 
 
-def test_a_poisoned_weight_is_no_step(learner):
-    cfg, model, optimizer = learner()
+def test_a_poisoned_weight_is_no_step(fresh):
+    cfg, model, optimizer = fresh()
     with torch.no_grad():
         model.model.norm.weight.to_local()[0] = math.inf
     before = weights_of(model)
