@@ -253,11 +253,13 @@ class Plan(NamedTuple):
         return f"{sum(self.memory.values()) / 2**30:.1f} GiB per GPU ({parts})"
 
 
-def plan(model_cfg, cfg, world: int, node: int, kv_bytes: float, context: int, micro_batches: int = 1, bf16=True) -> Plan:
+def plan(model_cfg, cfg, world: int, node: int, kv_bytes: float, context: int, tokens: int = 1, bf16=True) -> Plan:
     """
-    kv_bytes: of the sampler's cache; context: the longest sequence. Per parameter and shard 12 bytes of weight and AdamW
-    moments in fp32, and on every GPU 2 for the sampler's copy. Without --reshard also 2 for the gathered weights and 4 for
-    gradients that are summed over micro-batches before they are shared; with it, 4 / shards and two blocks of each.
+    kv_bytes: of the sampler's cache; context: the longest sequence; tokens: of a GPU in an optimizer step.
+
+    Per parameter and shard 12 bytes of weight and AdamW moments in fp32, and on every GPU 2 for the sampler's copy. Without
+    --reshard also 2 for the gathered weights and 4 for gradients that are summed over micro-batches before they are shared;
+    with it, 4 / shards and two blocks and the root of each.
     """
     with torch.device("meta"):
         model = Model(model_cfg)
@@ -280,16 +282,16 @@ def plan(model_cfg, cfg, world: int, node: int, kv_bytes: float, context: int, m
         "logits": min(T, HEAD_CHUNK) * V * (4 + w) + (8 + w) * V * D,     # of a chunk; the head's gradient, summed in fp32
         "sampler": w * N + kv_bytes,
     }
-    away, gathers = (s - 1) / s, 2 * micro_batches if cfg.reshard else 1
+    away, times = (s - 1) / s, math.ceil(tokens / T) if cfg.reshard else 1
     traffic = {
-        "all-gather": gathers * w * N * away, "reduce-scatter": (micro_batches if cfg.reshard else 1) * 4 * N * away,
+        "all-gather": (1 + cfg.reshard) * times * w * N * away, "reduce-scatter": times * 4 * N * away,
         "all-reduce": 8 * N / s * (1 - s / world), "weights to the sampler": w * N * away,
     }
     return Plan(memory, traffic)
 
 
 # What may be changed so that a configuration fits, cheapest first, one upon the other.
-CHANGES = (dict(checkpoint_activations=True), dict(micro_tokens=8192), dict(reshard=True), dict(shard="world"))
+CHANGES = (dict(checkpoint_activations=True), dict(reshard=True), dict(shard="world"), dict(micro_tokens=8192))
 
 
 def advise(total: float, model_cfg, cfg, *sizes, **more) -> tuple[dict, Plan]:

@@ -30,11 +30,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import aero
 import base
+import bench
 import data
 import learner
 import report
 import train
-from learner import Trained, pack, packed, update
+from learner import Trained, advise, cost, must_fit, pack, packed, plan, update
 from model import Model, ModelConfig, load_weights, read_weights
 from train import Config, parse
 
@@ -258,6 +259,8 @@ def refused(student, flags, tmp_path, monkeypatch, capsys):
     ("--lr nan", ["--lr", "nan"]),
     ("--weight_decay nan", ["--weight_decay", "nan"]),
     ("--temperature inf", ["--temperature", "inf"]),
+    ("--shard rack: wanted one of node world", ["--shard", "rack"]),
+    ("--is_cap -1.0: wanted 0 or more", ["--is_cap", -1]),
     ("--n_total 8: ", ["--algo", "mc_grpo"]),
     ("--name a/b: wanted a plain folder name", ["--name", "a/b"]),
     ("--name ..: wanted a plain folder name", ["--name", ".."]),
@@ -352,13 +355,34 @@ def test_pack_properties():
     rng = random.Random(0)
     for _ in range(300):
         lengths = [rng.randint(1, rng.choice([5, 60, 200])) for _ in range(rng.randint(1, 40))]
-        world, cap = rng.choice([1, 2, 3, 8]), rng.choice([1, 50, 100, 1000])
-        ranks = pack([n * (30 + n) for n in lengths], lengths, world, cap)
+        world, cap, costs = rng.choice([1, 2, 3, 8]), rng.choice([1, 50, 100, 1000]), [n * (30 + n) for n in lengths]
+        ranks = pack(costs, lengths, world, cap)
         assert len(ranks) == world and len({len(rank) for rank in ranks}) == 1 and ranks[0]
         bins = [b for rank in ranks for b in rank]
         assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
         assert all(sum(lengths[i] for i in b) <= cap or len(b) == 1 for b in bins)
         assert len(bins) <= world * math.ceil(2 * sum(lengths) / cap / world + 1) or max(lengths) > cap / 2
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_pack_balances_ranks(world):
+    """AERO keeps few rollouts of unequal length: by cost a rank has at most 3 % more than the mean, by tokens 8 %."""
+    rng, model_cfg = np.random.default_rng(0), ModelConfig.from_dict(bench.SHAPES["qwen2.5-math-1.5b"])
+    for _ in range(20):
+        lengths = np.clip(rng.lognormal(6, 0.8, 64 * world), 1, 3072).astype(int).tolist()
+        costs = [cost(model_cfg, 128, n) for n in lengths]
+        ranks = pack(costs, [128 + n for n in lengths], world, 32768)
+        spent = [sum(costs[i] for some in rank for i in some) for rank in ranks]
+        assert max(spent) < 1.03 * np.mean(spent)
+
+
+def test_cost():
+    """The example of its docstring: 7617 tokens + 1356 response + tokens^2, up to the unit and a token's diagonal."""
+    model_cfg = ModelConfig.from_dict(bench.SHAPES["qwen2.5-math-1.5b"])
+    unit = 4 * model_cfg.num_hidden_layers * model_cfg.hidden_size * 4 / 2
+    for prompt, response in [(128, 512), (100, 3000)]:
+        n = prompt + response
+        assert cost(model_cfg, prompt, response) / unit == pytest.approx(7617 * n + 1356 * response + n * n, rel=1e-3)
 
 
 def items(*responses, advantage=1.0):
@@ -515,6 +539,40 @@ def test_first_of_two_updates_is_on_policy(fresh):
     assert abs(moving["loss/ratio_mean"] - 1) > 1e-3 and moving["mismatch/max_abs"] < 1e-5
 
 
+@pytest.mark.parametrize("updates", [1, 2])
+def test_truncated_importance_weights(fresh, updates):
+    """Every token weighs min(learner / sampler, cap); the ratio is against the learner's own log-probs, so it begins at 1."""
+    def once(**changes):
+        cfg, model, optimizer = fresh(torch.optim.SGD, updates_per_batch=updates, micro_tokens=40, **changes)
+        return update(model, optimizer, batch, 0.0, cfg, 0, 1, torch.device("cpu")), model, cfg
+
+    batch = [x._replace(logps=[-3.0] * len(x.tokens)) for x in unequal_batch()]
+    capped, model, cfg = once(is_cap=2.0)
+    assert capped["loss/ratio_mean"] == pytest.approx(1, abs=1e-6) and capped["loss/clip_frac"] == 0
+    weights = aero.token_weights([x.place for x in batch], [len(x.tokens) for x in batch], "prompt", 20)
+    wanted = 0.0
+    for x, weight in zip(batch, weights):
+        t = packed([x], [1.0], "cpu")
+        with torch.no_grad():
+            logp_R, _ = model(t["ids_T"], t["cu"], t["max_len"], t["targets_R"], t["rows_R"], cfg.temperature)
+        wanted -= weight * x.advantage * (logp_R - t["sampled_R"]).exp().clamp(max=2.0).sum().item()
+    assert capped["loss/policy"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_compiled_equals_eager(fresh, monkeypatch):
+    """And all blocks and all numbers of tokens share two graphs. Inductor is left out: a CPU takes a minute for it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    after = []
+    for compiled in (False, True):
+        cfg, model, optimizer = fresh(torch.optim.SGD, compile=compiled, micro_tokens=40, grad_clip=1.0)
+        update(model, optimizer, unequal_batch(), 1.0, cfg, 0, 1, torch.device("cpu"))
+        after.append(weights_of(model))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert all((after[1][name] - w).abs().max() < 1e-6 for name, w in after[0].items())
+
+
 def test_eos_is_trained(fresh, student):
     """A response that is EOS alone, with a positive advantage: EOS grows likelier after its prompt."""
     cfg, model, optimizer = fresh(torch.optim.SGD)
@@ -553,6 +611,109 @@ def test_a_poisoned_weight_is_no_step(fresh):
     before = weights_of(model)
     assert update(model, optimizer, unequal_batch(), 1e-3, cfg, 0, 1, torch.device("cpu"))["optim/skipped"] == 1
     assert all(torch.equal(w, before[name]) for name, w in train.full_weights(model))
+
+
+# -------------------------------------------------------------------------------------------------- ranks of a learner
+
+
+def learn_on(rank, world, node, port, folder, output, changes):
+    """One update under SGD, whose step is the gradient, on this rank; rank 0 saves weights and metrics."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_WORLD_SIZE"] = str(node)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    cfg = Config(**dict(dict(max_new=20, grad_clip=1.0, micro_tokens=40), **changes))
+    device = torch.device("cpu")
+    model, _ = learner.make_learner(ModelConfig.from_folder(folder), cfg, device, lambda m: read_weights(m, folder))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    metrics = update(model, optimizer, unequal_batch(), 1.0, cfg, rank, world, device)
+    assert {p.device_mesh.size(-1) for p in model.parameters()} == {node if cfg.shard == "node" else world}
+    weights = weights_of(model)
+    if rank == 0:
+        torch.save((weights, metrics), output)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_rank_learns(student, tmp_path_factory):
+    return learned(student, tmp_path_factory.mktemp("one") / "weights.pt", 1, 1)
+
+
+def learned(student, output, world, node, **changes):
+    with socket.socket() as s:
+        s.bind(("", 0))
+        port = s.getsockname()[1]
+    ranks = [SERVER.Process(target=learn_on, args=(rank, world, node, port, student.model, output, changes))
+             for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+        assert rank.exitcode == 0
+    return torch.load(output)
+
+
+@pytest.mark.parametrize("world, node, changes", [
+    (2, 2, {}),
+    (2, 2, dict(reshard=True)),
+    (2, 1, {}),                     # two nodes of one: replicated, all-reduced
+    (2, 1, dict(reshard=True)),
+    (2, 1, dict(shard="world")),
+    (2, 2, dict(micro_tokens=1)),
+    (2, 2, dict(micro_tokens=10_000)),
+    (4, 2, dict(reshard=True)),     # two nodes of two
+    (1, 1, dict(reshard=True)),
+], ids=str)  # fmt: skip
+def test_ranks_do_not_matter(student, one_rank_learns, tmp_path, world, node, changes):
+    """Groups of 5, 1, 2 and 3 rollouts: the same gradient and metrics however they are sharded, replicated and cut."""
+    weights, metrics = learned(student, tmp_path / "weights.pt", world, node, **changes)
+    assert all((weights[name] - w).abs().max() < 1e-6 for name, w in one_rank_learns[0].items())
+    assert metrics == pytest.approx(one_rank_learns[1], abs=1e-6, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ memory plan
+
+SHAPE = ModelConfig.from_dict(bench.SHAPES["qwen2.5-math-1.5b"])
+
+
+def test_plan():
+    """12 bytes of state per parameter and shard, 4 of gradient; what is sent by the rules of rings."""
+    N, cfg = 1_543_714_304, Config(micro_tokens=16384)
+    one, eight, nodes = (plan(SHAPE, cfg, world, min(world, 8), 1e9, 640) for world in (1, 8, 64))
+    assert one.memory["weights and optimizer"] == 12 * N and one.memory["gradients"] == 4 * N
+    assert one.memory["sampler"] == 2 * N + 1e9 and sum(one.traffic.values()) == 0
+    assert eight.memory["weights and optimizer"] == 12 * N / 8 == nodes.memory["weights and optimizer"]
+    assert eight.traffic == {"all-gather": 2 * N * 7 / 8, "reduce-scatter": 4 * N * 7 / 8, "all-reduce": 0,
+                             "weights to the sampler": 2 * N * 7 / 8}  # fmt: skip
+    assert nodes.traffic == eight.traffic | {"all-reduce": 2 * 4 * N / 8 * 7 / 8}
+    world = plan(SHAPE, dataclasses.replace(cfg, shard="world", reshard=True), 64, 8, 0, 640, tokens=65536)
+    assert world.memory["weights and optimizer"] == 12 * N / 64 and world.memory["gradients"] < one.memory["gradients"] / 3
+    assert world.traffic["all-gather"] == 2 * 4 * 2 * N * 63 / 64
+    for change in (dict(compile=True), dict(checkpoint_activations=True), dict(micro_tokens=8192)):
+        less = plan(SHAPE, dataclasses.replace(cfg, **change), 1, 1, 1e9, 640)
+        assert less.memory["activations"] < one.memory["activations"]
+
+
+# Measured peaks in GiB of `bench.py learner --shape qwen2.5-math-1.5b` on H200: (settings, ranks, GiB). See LOG.md.
+MEASURED = [(dict(micro_tokens=16384, reshard=True), 1, 66.9)]
+
+
+@pytest.mark.parametrize("changes, world, gib", MEASURED, ids=str)
+def test_plan_is_what_was_measured(changes, world, gib):
+    planned = plan(SHAPE, Config(**changes), world, world, 0, 640, 163_840 // world).memory
+    planned.pop("sampler")
+    assert sum(planned.values()) / 2**30 == pytest.approx(gib, rel=0.08)
+
+
+def test_what_does_not_fit_is_refused_with_what_to_change():
+    cfg, sizes = Config(micro_tokens=16384), (1, 1, 20 * 2**30, 4096)
+    assert must_fit(140 * 2**30, SHAPE, cfg, *sizes) == plan(SHAPE, cfg, *sizes)
+    with pytest.raises(MemoryError, match=r"GiB per GPU .* does not fit into 75 GiB: it would with --checkpoint_activations "
+                                          r"True$"):
+        must_fit(80 * 2**30, SHAPE, cfg, *sizes)
+    with pytest.raises(MemoryError, match=r"even with .*wanted more GPUs, a smaller cache"):
+        must_fit(40 * 2**30, SHAPE, cfg, *sizes)
+    changes, _ = advise(44 * 2**30, SHAPE, cfg, 64, 8, 20 * 2**30, 4096)
+    assert changes == dict(checkpoint_activations=True, reshard=True)
 
 
 # -------------------------------------------------------------------------------------------------- whole runs: files
