@@ -670,6 +670,24 @@ def test_ranks_do_not_matter(student, one_rank_learns, tmp_path, world, node, ch
     assert metrics == pytest.approx(one_rank_learns[1], abs=1e-6, rel=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_learner_on_cuda(student):
+    """bf16: the same gradient norm and entropy within rounding whatever only changes speed and memory."""
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found, model_cfg, device = [], ModelConfig.from_folder(student.model), torch.device("cuda", 0)
+        for changes in ({}, dict(micro_tokens=40), dict(reshard=True), dict(checkpoint_activations=True), dict(compile=True)):
+            cfg = Config(**dict(dict(max_new=20, micro_tokens=80), **changes))
+            model, optimizer = learner.make_learner(model_cfg, cfg, device, lambda m: read_weights(m, student.model))
+            found.append([update(model, optimizer, unequal_batch(), 1e-3, cfg, 0, 1, device) for _ in range(2)])
+        for other in found[1:]:
+            for name in ("optim/grad_norm", "policy/entropy"):
+                assert [m[name] for m in other] == pytest.approx([m[name] for m in found[0]], rel=2e-2), name
+    finally:
+        dist.destroy_process_group()
+
+
 # ------------------------------------------------------------------------------------------------------ memory plan
 
 SHAPE = ModelConfig.from_dict(bench.SHAPES["qwen2.5-math-1.5b"])
