@@ -465,11 +465,6 @@ def eval_metrics(scores: dict[str, dict]) -> dict:
     return {f"eval/{name}/{key}": s[key] for name, s in scores.items() for key in ("avg_at_k", "pass_at_k")}
 
 
-def longest(cfg, problems, held_out) -> int:
-    """Tokens of the longest sequence that can come up."""
-    return cfg.max_new + max(len(p.prompt) for p in itertools.chain(problems, *held_out.values()))
-
-
 def plan_memory(cfg, model_cfg, context: int, world: int, device) -> learner.Plan:
     """Of learner and sampler on each GPU. MemoryError, one line, before any work on a GPU that cannot hold it."""
     bf16 = device.type == "cuda"
@@ -480,7 +475,7 @@ def plan_memory(cfg, model_cfg, context: int, world: int, device) -> learner.Pla
 
 def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device, model_cfg, tokenizer, problems, held_out):
     torch.manual_seed(cfg.seed)     # nothing below draws from it; a fork that does is reproducible
-    context = longest(cfg, problems, held_out)
+    context = cfg.max_new + max(len(p.prompt) for p in itertools.chain(problems, *held_out.values()))
     planned = plan_memory(cfg, model_cfg, context, world, device)
     if not cfg.model and rank == 0:
         base_model(Path(cfg.out), device)
@@ -589,8 +584,9 @@ def main(argv=None) -> int:
         rank, world, device = start_ranks()
         train(cfg, run, grader, rank, world, device, *inputs)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        print(f"error: {str(error).splitlines()[0]} (less memory: --micro_tokens, --checkpoint_activations True, "
-              "--reshard True; what was saved is good)", file=sys.stderr)
+        hint = ("; smaller --micro_tokens or --slots, --checkpoint_activations True and --reshard True need less, and the last "
+                "checkpoint is good") * isinstance(error, torch.OutOfMemoryError)
+        print(f"error: {str(error).splitlines()[0]}{hint}", file=sys.stderr)
         return 2
     finally:
         grader.close()
