@@ -955,7 +955,8 @@ def same_numbers(a, b, tolerance=1e-6):
     for x, y in zip(a, b):
         assert (x.get("rollout/drawn"), x.get("rollout/kept")) == (y.get("rollout/drawn"), y.get("rollout/kept"))
         for name in SAME_ON_ALL_WORLDS:
-            assert x.get(name) == pytest.approx(y.get(name), rel=tolerance, abs=tolerance), (x["step"], name)
+            assert (name in x) == (name in y)
+            assert x.get(name, 0) == pytest.approx(y.get(name, 0), rel=tolerance, abs=tolerance), (x["step"], name)
 
 
 @pytest.mark.slow
@@ -1006,7 +1007,8 @@ def test_two_ranks_equal_one(out, flags, name):
     one, two = Run(out / f"{name}-1", more), Run(out / f"{name}-2", more, ranks=2)
     for run in (one, two):
         assert run.wait() == 0, run.text
-    same_numbers(one.rows, two.rows)
+    same_numbers(one.rows[:2], two.rows[:2])
+    same_numbers(one.rows, two.rows, 1e-5)  # the norm's rounding went through Adam once
     weights = [load_file(run.folder / "model" / "model.safetensors") for run in (one, two)]
     # Adam divides a gradient by its size, so where that is rounding the step is not: hence not 1e-6
     assert all((w - weights[1][n]).abs().mean() < 1e-4 for n, w in weights[0].items())
