@@ -210,7 +210,7 @@ def bench_learner(cfg, model_cfg, device, bandwidth, rate) -> dict:
     planned = learner.plan(model_cfg, cfg, world, learner.node_size(world), 0, cfg.prompt_len + cfg.new, tokens // world,
                            device.type == "cuda").memory
     planned.pop("sampler")      # there is none here
-    more = {}
+    more = {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]} if cfg.compile else {}   # two serve all blocks
     if device.type == "cuda":
         more["measured_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if cfg.breakdown:

@@ -120,7 +120,7 @@ class Config(aero.Settings):
 # What --model changes, unless a flag says otherwise: Qwen2.5-Math-1.5B on MATH with a context of 4096.
 PRETRAINED = dict(
     data="math", eval_data="math500", template="qwen_math", problems=128, max_new=3072, slots=256, graders=4, steps=400,
-    lr=1e-6, warmup=10, micro_tokens=32768, eval_every=20, eval_k=4, save_every=20, show_every=5,
+    lr=1e-6, warmup=10, micro_tokens=16384, eval_every=20, eval_k=4, save_every=20, show_every=5,
 )
 
 
