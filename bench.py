@@ -5,16 +5,17 @@ How fast, against which ceiling: random weights of a real shape, every rollout r
     python bench.py learner --shape qwen2.5-math-1.5b --prompts 32 --n 8 --prompt_len 128 --new 512
     python bench.py step    --shape qwen2.5-math-1.5b --algo aero --prompts 16 --prompt_len 128 --new 512
     torchrun --nproc_per_node 2 bench.py step ...
+    python bench.py plan                                memory and traffic per GPU for three sizes on 1 to 512 GPUs
 
 `step` is a whole training step (draw, choose, update, sync) with simulated verdicts: a third of the problems is never right,
 the success rates of the others are uniform. The last line is one JSON object with the figure, the ceiling that follows from
 the copy bandwidth and the bf16 matrix rate measured in the same process, their ratio, and peak memory.
 """
 
-import itertools
 import json
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,13 +24,14 @@ import torch.distributed as dist
 from transformers import HfArgumentParser
 
 import aero
+import learner
 import report
 import train
 from aero import knob
 from data import Problem
-from model import Model, ModelConfig, forward_flops
+from model import Model, ModelConfig, forward_flops, logits_fp32, token_logprobs
 from reward import Verdict
-from rollout import Request, Sampler, Sampling
+from rollout import DRAWN, Request, Sampler, Sampling
 
 LLAMA = dict(model_type="llama", rms_norm_eps=1e-5, rope_theta=5e5, tie_word_embeddings=False)
 QWEN = dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=False)
@@ -41,6 +43,8 @@ SHAPES = {
                               tie_word_embeddings=True),
     "qwen2.5-7b": dict(QWEN, vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
                        num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=32768),
+    "qwen2.5-32b": dict(QWEN, vocab_size=152064, hidden_size=5120, intermediate_size=27648, num_hidden_layers=64,
+                        num_attention_heads=40, num_key_value_heads=8, max_position_embeddings=32768),
     "llama-3.1-8b": dict(LLAMA, vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                          num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768),
 }
@@ -57,6 +61,7 @@ class Bench(train.Config):
     plain: bool = knob(False, "sampler, step: the plain path where the fast one could run")
     fp32: bool = knob(False, "sampler: fp32 weights and cache")
     top_p: float = knob(1.0, "sampler: nucleus of an evaluation")
+    breakdown: bool = knob(False, "one more update or a few decode steps under the profiler: ms of the GPU by kind of kernel")
     repeats: int = knob(2, "timed repetitions after one warm-up; the median is reported")
 
 
@@ -122,27 +127,36 @@ def random_prompts(cfg, model_cfg, count: int) -> list[tuple[int, ...]]:
     return [tuple(rng.integers(0, model_cfg.vocab_size, cfg.prompt_len).tolist()) for _ in range(count)]
 
 
-# A kernel of the profile belongs to the first kind of which its name has a word. The product before blocks_kernel is the head.
-KERNELS = {"attention": ("attend", "combine"), "sampling": ("blocks_kernel", "draw_kernel", "least_allowed"),
-           "small": ("add_norm", "silu", "rope", "embedding", "indexSelect", "index"),
-           "matrix": ("gemm", "nvjet", "cutlass", "cublas", "splitK", "Kernel2")}  # fmt: skip
+# A kernel belongs to the first kind of which its name has a word.
+KINDS = dict(
+    attention=("attend", "combine", "flash", "fmha"), sampling=("blocks_kernel", "draw_kernel", "least_allowed"),
+    logits=("statistics_kernel", "gradient_kernel"), optimizer=("adam", "lpnorm"),
+    matrix=("gemm", "nvjet", "xmma", "cutlass", "splitk", "thin_kernel"), nccl=("nccl",),
+    copies=("memcpy", "memset", "chunk_cat", "split_with_sizes", "copyfunctor", "copy_kernel"),
+    elementwise=("triton", "elementwise", "reduce", "norm", "cat", "index", "scatter", "gather", "multi_tensor", "silu_mul"),
+)
 
 
-def breakdown(sampler, steps: int) -> dict:
-    """Milliseconds of a decode step by kind of kernel, `gaps` (nothing runs) and `step`, over the next launches."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(steps // sampler.stride):
-            sampler.step()
+def breakdown(action, head, device, times: int = 1) -> dict:
+    """
+    Milliseconds of the GPU by kind of kernel, for each of `times` things that action does: `other` with the five longest of
+    it, so that a new name is seen, `gaps` in which nothing ran, and `head`, of which the parts are in the others.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        action()
         torch.cuda.synchronize()
-    events = sorted((e.time_range.start, e.time_range.end, e.name) for e in profile.events()
-                    if e.device_type == torch.autograd.DeviceType.CUDA)  # fmt: skip
-    sums = dict.fromkeys([*KERNELS, "head", "other"], 0.0)
-    for (start, end, name), following in itertools.pairwise(events):
-        kind = next((k for k, words in KERNELS.items() if any(w in name for w in words)), "other")
-        sums["head" if kind == "matrix" and "blocks_kernel" in following[2] else kind] += end - start
-    sums["step"] = events[-1][1] - events[0][0]
-    sums["gaps"] = sums["step"] - sum(v for k, v in sums.items() if k != "step")
-    return {kind: round(us / 1e3 / (steps // sampler.stride * sampler.stride), 3) for kind, us in sums.items()}
+    spent, unknown, idle, until = dict.fromkeys([*KINDS, "other"], 0.0), Counter(), 0.0, None
+    for event in sorted(profiler.events(), key=lambda e: e.time_range.start):
+        if event.device_type != torch.autograd.DeviceType.CUDA:
+            continue
+        start, end, name = event.time_range.start, event.time_range.end, event.name.lower()
+        kind = next((k for k, words in KINDS.items() if any(w in name for w in words)), "other")
+        spent[kind] += end - start
+        unknown[name[:60]] += (end - start) * (kind == "other")
+        idle += max(0.0, start - until) if until else 0.0
+        until = max(until or end, end)
+    spent |= {"gaps": idle, "head": times * 1e6 * median_of(head, device, 3)} | dict(unknown.most_common(5))
+    return {name: round(us / 1e3 / times, 3) for name, us in spent.items() if us}
 
 
 @torch.no_grad()
@@ -169,8 +183,7 @@ def bench_sampler(cfg, model_cfg, device, bandwidth, rate) -> dict:
         sampler.begin(0, Sampling(cfg.temperature, cfg.top_p))
         sampler.add(Request(p, i, prompt, cfg.new) for p, prompt in enumerate(prompts) for i in range(cfg.n))
 
-    def drain():
-        fill()
+    def drain() -> list:
         return [rollout for _ in iter(lambda: sampler.busy, False) for rollout in sampler.step()]
 
     fill()
@@ -178,8 +191,10 @@ def bench_sampler(cfg, model_cfg, device, bandwidth, rate) -> dict:
     if device.type == "cuda":
         torch.cuda.synchronize()
     startup = time.perf_counter() - begun
-    rollouts = [rollout for _ in iter(lambda: sampler.busy, False) for rollout in sampler.step()]
-    times = [timed(drain, device) for _ in range(cfg.repeats)]
+    rollouts, times = drain(), []
+    for _ in range(cfg.repeats):
+        fill()
+        times.append(timed(drain, device))
     seconds, lengths = float(np.median(times)), np.array([len(r.tokens) for r in rollouts])
     # Weights are read once a step or multiplied once a token, whichever takes longer, and all keys of a token are read.
     width = next(sampler.model.parameters()).element_size()
@@ -192,35 +207,89 @@ def bench_sampler(cfg, model_cfg, device, bandwidth, rate) -> dict:
                   startup_s=startup, path=sampler.path, preempted=sampler.preempted,
                   kv_gib=sampler.cache.numel() * width / 2**30, mean_length=lengths.mean())
     result |= mismatch(sampler, rollouts[:: max(1, len(rollouts) // 32)])
-    if device.type == "cuda" and sampler.fast:
+    if cfg.breakdown and device.type == "cuda":
         fill()
-        while sampler.state_B[2].max() < lengths.mean() / 2:
+        while sampler.state_B[DRAWN].max() < lengths.mean() / 2:
             sampler.step()
-        result["ms_per_step"] = breakdown(sampler, 16)
-        while sampler.busy:
-            sampler.step()
+        hidden_AD = torch.randn(len(sampler.active), model_cfg.hidden_size, device=device, dtype=sampler.cache.dtype)
+        result["ms"] = breakdown(lambda: [sampler.step() for _ in range(4)], lambda: logits_fp32(hidden_AD, sampler.model.head),
+                                 device, 4 * sampler.stride)
     return result
 
 
-def random_batch(cfg, model_cfg) -> list[train.Trained]:
+def random_batch(cfg, model_cfg) -> list[learner.Trained]:
     rng, batch = np.random.default_rng(1), []
     for place, prompt in enumerate(random_prompts(cfg, model_cfg, cfg.prompts)):
-        for i in range(cfg.n):
+        for _ in range(cfg.n):
             tokens = rng.integers(0, model_cfg.vocab_size, cfg.new).tolist()
-            batch.append(train.Trained(place, prompt, tokens, [-1.0] * cfg.new, 1.0 if i % 2 else -1.0))
+            batch.append(learner.Trained(place, prompt, tokens, [-1.0] * cfg.new, rng.normal()))
     return batch
+
+
+def random_learner(cfg, model_cfg, device):
+    def read(_):
+        torch.manual_seed(0)
+        with device:
+            return Model(model_cfg).init_weights().named_parameters()
+
+    return learner.make_learner(model_cfg, cfg, device, read)
 
 
 def bench_learner(cfg, model_cfg, device, bandwidth, rate) -> dict:
     rank, world = dist.get_rank(), dist.get_world_size()
-    model, optimizer = train.make_learner(model_cfg, cfg, device, Model.init_weights)
+    model, optimizer = random_learner(cfg, model_cfg, device)
     batch = random_batch(cfg, model_cfg)
-    seconds = median_of(lambda: train.update(model, optimizer, batch, cfg.lr, cfg, rank, world, device), device, cfg.repeats)
+
+    def action():
+        return learner.update(model, optimizer, batch, cfg.lr, cfg, rank, world, device)
+
+    begun = time.perf_counter()
+    metrics = action()
+    first = time.perf_counter() - begun
+    seconds = median_of(action, device, cfg.repeats)
     tokens, peak = len(batch) * (cfg.prompt_len + cfg.new), report.peak_flops() if device.type == "cuda" else None
     forward = report.prompt_flops(model_cfg, cfg.prompt_len) + report.response_flops(model_cfg, cfg.prompt_len, [cfg.new])
     flops = 3 * len(batch) * forward
+    planned = learner.plan(model_cfg, cfg, world, learner.node_size(world), 0, cfg.prompt_len + cfg.new, tokens // world,
+                           device.type == "cuda").memory
+    planned.pop("sampler")      # there is none here
+    more = {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]} if cfg.compile else {}   # two serve all blocks
+    if device.type == "cuda":
+        more["measured_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if cfg.breakdown:
+            size = (len(batch) * cfg.new // world, model_cfg.hidden_size)
+            hidden_RD, weight_VD = (torch.randn(s, device=device, dtype=torch.bfloat16, requires_grad=True)
+                                    for s in (size, (model_cfg.vocab_size, model_cfg.hidden_size)))
+            targets_R = torch.zeros(len(hidden_RD), dtype=torch.long, device=device)
+
+            def head():
+                token_logprobs(hidden_RD, weight_VD, targets_R, 1.0)[0].sum().backward()
+
+            more["ms"] = breakdown(action, head, device)
     return dict(figure="tokens_per_s", measured=tokens / seconds, ceiling=rate * world / (flops / tokens), seconds=seconds,
-                flops_per_s=flops / seconds / world, mfu=flops / seconds / world / peak if peak else None)
+                flops_per_s=flops / seconds / world, mfu=flops / seconds / world / peak if peak else None,
+                start_s=first - seconds, grad_norm=metrics["optim/grad_norm"], loss=metrics["loss/policy"],
+                entropy=metrics["policy/entropy"], plan_gib=sum(planned.values()) / 2**30) | more
+
+
+def plan_table(total=139.8 * 2**30, tokens=65536, kv=20 * 2**30, context=4096) -> str:
+    """The README's: of an H200, 64k tokens per GPU and update, 20 GiB of KV cache; the first settings that fit."""
+    rows = ["| shape | GPUs | settings | GiB per GPU | learner's state | activations, logits | sampler | GB sent per step |",
+            "|---|---|---|---|---|---|---|---|"]
+    for shape in ("qwen2.5-math-1.5b", "qwen2.5-7b", "qwen2.5-32b"):
+        model_cfg = ModelConfig.from_dict(SHAPES[shape])
+        for gpus in (1, 8, 64, 512):
+            try:
+                changes, found = learner.advise(total, model_cfg, Bench(), gpus, min(gpus, 8), kv, context, tokens)
+            except MemoryError:
+                rows.append(f"| {shape} | {gpus} | does not fit | | | | | |")
+                continue
+            m = {name: size / 2**30 for name, size in found.memory.items()}
+            state = m["weights and optimizer"] + m["gradients"] + m["gathered weights"]
+            rows.append(f"| {shape} | {gpus} | {learner.flags(changes)} | {sum(m.values()):.0f} | {state:.0f} | "
+                        f"{m['activations'] + m['logits']:.0f} | {m['sampler']:.0f} | "
+                        f"{sum(found.traffic.values()) / 1e9:.0f} |")
+    return "\n".join(rows)
 
 
 class SimulatedGrader:
@@ -261,13 +330,13 @@ def bench_step(cfg, model_cfg, device, bandwidth, rate) -> dict:
     rank, world = dist.get_rank(), dist.get_world_size()
     cfg.problems, cfg.max_new, cfg.n = cfg.prompts, cfg.new, cfg.n_total
     sampler = random_sampler(cfg, model_cfg, device)
-    model, optimizer = train.make_learner(model_cfg, cfg, device, Model.init_weights)
+    model, optimizer = random_learner(cfg, model_cfg, device)
     prompts = random_prompts(cfg, model_cfg, cfg.prompts)
     problems = [Problem(i, prompt, "0", "", "") for i, prompt in enumerate(prompts)]
     times, totals = [], {}
     for step in range(cfg.repeats + 1):
         clock, grader = train.Clock(device), SimulatedGrader(step, 64 * cfg.prompts)
-        sampler.load(train.full_weights(model))
+        sampler.load(train.full_weights(model, next(sampler.model.parameters()).dtype))
         clock.phase("sync")
         sampler.begin(step, Sampling(cfg.temperature))
 
@@ -293,8 +362,11 @@ def bench_step(cfg, model_cfg, device, bandwidth, rate) -> dict:
 
 def main() -> int:
     modes = {"sampler": bench_sampler, "learner": bench_learner, "step": bench_step}
+    if sys.argv[1:] == ["plan"]:
+        print(plan_table())
+        return 0
     if len(sys.argv) < 2 or sys.argv[1] not in modes:
-        print(f"error: found {' '.join(sys.argv[1:2]) or 'nothing'}, wanted one of {' '.join(modes)}", file=sys.stderr)
+        print(f"error: found {' '.join(sys.argv[1:2]) or 'nothing'}, wanted one of {' '.join(modes)} plan", file=sys.stderr)
         return 2
     parser = HfArgumentParser(Bench, allow_abbrev=False)
     first, _ = parser.parse_known_args(sys.argv[2:])
@@ -314,12 +386,13 @@ def main() -> int:
     result = modes[sys.argv[1]](cfg, model_cfg, device, bandwidth, rate)
     result |= dict(bench=sys.argv[1], ratio=result["measured"] / result["ceiling"], bandwidth=bandwidth, matrix_rate=rate,
                    world=world)
-    for name in ("shape", "algo", "prompts", "n", "prompt_len", "new", "ragged", "rescue_barrier"):
+    for name in ("shape", "algo", "prompts", "n", "prompt_len", "new", "ragged", "rescue_barrier", "compile",
+                 "checkpoint_activations", "micro_tokens"):
         result[name] = getattr(cfg, name)
     if device.type == "cuda":
         result |= dict(peak_mem_gib=torch.cuda.max_memory_allocated() / 2**30, device=torch.cuda.get_device_name())
     if rank == 0:
-        print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}))
+        print(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in result.items()}))
     dist.destroy_process_group()
     return 0
 

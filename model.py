@@ -32,6 +32,13 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
+import logprobs
+
+try:
+    from flash_attn import flash_attn_varlen_func  # optional: 5 to 20 % faster than the copy inside torch
+except ImportError:
+    flash_attn_varlen_func = None
+
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 
 
@@ -192,14 +199,22 @@ GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).par
 
 
 def attend_packed(q_THE: Tensor, k_TKE: Tensor, v_TKE: Tensor, cu: Tensor, max_len: int) -> Tensor:
-    """Causal attention inside each packed sequence -> (T, H, E). cu: (S+1,) int32, cu[-1] == T; max_len: the longest.
+    """Causal attention inside each packed sequence -> (T, H, E). cu: (S+1,) int32, cu[-1] == T; max_len: the longest."""
+    attend = by_sdpa if not flash_ok(q_THE) else by_flash_attn if flash_attn_varlen_func else by_varlen
+    return attend(q_THE, k_TKE, v_TKE, cu, max_len)
 
-    Without flash kernels the sequences are right-padded into one SDPA: [a0 a1 a2 | b0 b1] -> [a0 a1 a2], [b0 b1 --].
-    A causal row sees only what stands left of it, so no real row sees the padding, no mask is needed, and what the
-    padding rows compute is never gathered back.
-    """
-    if flash_ok(q_THE):
-        return varlen_attn(q_THE, k_TKE, v_TKE, cu, cu, max_len, max_len, window_size=(-1, 0), **GQA)
+
+def by_flash_attn(q_THE, k_TKE, v_TKE, cu, max_len) -> Tensor:
+    return flash_attn_varlen_func(q_THE, k_TKE, v_TKE, cu, cu, max_len, max_len, causal=True)
+
+
+def by_varlen(q_THE, k_TKE, v_TKE, cu, max_len) -> Tensor:
+    return varlen_attn(q_THE, k_TKE, v_TKE, cu, cu, max_len, max_len, window_size=(-1, 0), **GQA)
+
+
+def by_sdpa(q_THE, k_TKE, v_TKE, cu, max_len) -> Tensor:
+    """Right-padded into one SDPA: [a0 a1 a2 | b0 b1] -> [a0 a1 a2], [b0 b1 --]. A causal row sees only what stands left
+    of it, so no real row sees the padding, no mask is needed, and what the padding rows compute is never gathered back."""
     T, S = len(q_THE), len(cu) - 1
     place = (sequence_of_row(cu, T) * max_len + positions(cu, T)).long()  # (T,) of each row in the padded layout
 
@@ -379,6 +394,9 @@ def logits_fp32(hidden_RD: Tensor, weight_VD: Tensor, temperature: float = 1.0) 
     return logits_RV if temperature == 1.0 else logits_RV.div_(temperature)
 
 
+HEAD_CHUNK = 4096  # rows whose logits exist at a time: 2.5 GB for 152k words in fp32
+
+
 class TokenLogprobs(torch.autograd.Function):
     """See token_logprobs. With p = softmax(z), z = h W^T / tau:  d logp[y] / dz = onehot(y) - p."""
 
@@ -389,9 +407,7 @@ class TokenLogprobs(torch.autograd.Function):
         for i in range(0, R, chunk):
             rows = slice(i, min(i + chunk, R))
             z = logits_fp32(hidden_RD[rows], weight_VD, temperature)
-            lse[rows] = z.logsumexp(-1)
-            logp[rows] = z.gather(1, targets_R[rows, None])[:, 0] - lse[rows]
-            entropy[rows] = lse[rows] - z.softmax(-1).mul_(z).sum(-1)  # H = lse - E_p[z]
+            logp[rows], entropy[rows], lse[rows] = logprobs.statistics(z, targets_R[rows])
         ctx.save_for_backward(hidden_RD, weight_VD, targets_R, lse)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(entropy)
@@ -405,10 +421,9 @@ class TokenLogprobs(torch.autograd.Function):
         d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
         for i in range(0, len(hidden_RD), ctx.chunk):
             rows = slice(i, i + ctx.chunk)
-            scale = (grad_R[rows] / ctx.temperature)[:, None]
             z = logits_fp32(hidden_RD[rows], weight_VD, ctx.temperature)
-            dz = z.sub_(lse[rows, None]).exp_().mul_(-scale).scatter_add_(1, targets_R[rows, None], scale)
-            dz = dz.to(weight_VD.dtype)
+            dz = logprobs.gradient(z, targets_R[rows], lse[rows], grad_R[rows] / ctx.temperature, weight_VD.dtype)
+            del z  # 2.5 GB that the products below need not stand beside
             if need_hidden:
                 d_hidden[rows] = dz @ weight_VD
             if need_weight:
@@ -417,7 +432,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(
-    hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, temperature: float, chunk: int = 4096
+    hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, temperature: float, chunk: int = HEAD_CHUNK
 ) -> tuple[Tensor, Tensor]:
     """(log p(targets_R), entropy_R) in fp32 of softmax(hidden W^T / temperature); the entropy carries no gradient.
 
@@ -449,9 +464,15 @@ def load_weights(model: Model, folder: str | Path) -> None:
     their dtype). Everything is checked before the first byte is copied, see find_weights."""
     if any(p.is_meta for p in model.parameters()):
         raise ValueError("load_weights needs memory to write to, this model is on the meta device (use to_empty first)")
+    own = dict(model.named_parameters())
+    for name, tensor in read_weights(model, folder):
+        own[name].copy_(tensor)
+
+
+def read_weights(model: Model, folder: str | Path):
+    """(name, tensor) one at a time, in the model's order; everything is checked before the first one is read."""
     found = find_weights(model, folder)
-    for name, p in model.named_parameters():
-        p.copy_(found[name][1].get_tensor(name))
+    return ((name, found[name][1].get_tensor(name)) for name, _ in model.named_parameters())
 
 
 def find_weights(model: Model, folder: str | Path) -> dict:

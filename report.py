@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import aero
-from model import forward_flops
+from model import flash_attn_varlen_func, forward_flops
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -97,12 +97,11 @@ def first_round(record) -> np.ndarray:
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
-def header(cfg, run, model_cfg, parameters, problems, held_out, world, device, sampler) -> str:
+def header(cfg, run, model_cfg, parameters, problems, held_out, world, device, sampler, planned) -> str:
     """What is about to run, before it does."""
     gpu = f"{torch.cuda.get_device_name(device)}, bf16" if device.type == "cuda" else "CPU, fp32"
     cache = sampler.cache.numel() * sampler.cache.element_size() / 2**30
-    copy = parameters * sampler.cache.element_size() / 2**30
-    attention = "torch varlen and flash kernels" if device.type == "cuda" else "SDPA"
+    attention = "SDPA" if device.type == "cpu" else "flash-attn" if flash_attn_varlen_func else "torch varlen and flash kernels"
     sizes = f"L{model_cfg.num_hidden_layers} D{model_cfg.hidden_size} V{model_cfg.vocab_size}"
     sets = ", ".join(f"{name} ({len(p)})" for name, p in held_out.items()) or "nothing"
     return "\n".join([
@@ -110,9 +109,9 @@ def header(cfg, run, model_cfg, parameters, problems, held_out, world, device, s
         f"model     {cfg.model or 'embedded base'}: {model_cfg.model_type}, {parameters:,} parameters, {sizes}",
         f"problems  {problems.report}",
         f"          template {cfg.template}, evaluated on {sets}, {cfg.eval_k} responses each",
-        f"device    {world} x {gpu}; attention by {attention}",
-        f"memory    per rank {parameters * 16 / world / 2**30:.2f} GiB of weights, gradients and optimizer, "
-        f"{copy:.2f} GiB of the sampler's copy, {cache:.2f} GiB of KV cache ({cfg.slots} slots of {sampler.context} tokens)",
+        f"device    {world} x {gpu}; attention by {attention}, sampler: {sampler.path}",
+        f"memory    {planned}",
+        f"          {cache:.2f} GiB of the sampler's are KV cache: {sampler.pages * sampler.page:,} tokens for {cfg.slots} slots of at most {sampler.context}",
     ])
 
 

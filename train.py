@@ -37,22 +37,22 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import HfArgumentParser
 
 import aero
 import data
 import eval
+import learner
 import report
 from aero import knob
 from base import base_config, base_model, character_tokenizer
-from model import Model, ModelConfig, find_weights, load_weights, resolve, save_folder
+from learner import Trained, full_weights, make_learner, update
+from model import Model, ModelConfig, find_weights, read_weights, resolve, save_folder
 from reward import Grader, Verdict
 from rollout import Request, Rollout, Sampler, Sampling
 
@@ -71,7 +71,7 @@ class Config(aero.Settings):
     max_new: int = knob(96, "most response tokens; longer ones are cut and count as wrong")
     temperature: float = knob(1.0, "of the policy, when it samples and when it is trained")
     slots: int = knob(256, "rollouts in flight per rank, at most")
-    kv_gib: float = knob(0.0, "GiB of KV cache per rank; 0: what the slots can fill, at most 40 % of the GPU memory left")
+    kv_gib: float = knob(0.0, "GiB of KV cache per rank; 0: what the slots can fill, as far as the learner leaves it")
     graders: int = knob(1, "grading processes per rank")
     rescue_barrier: bool = knob(False, "start no round before all problems have finished theirs; slower, same rollouts")
     # learning
@@ -83,6 +83,10 @@ class Config(aero.Settings):
     grad_clip: float = knob(1.0, "largest gradient norm")
     micro_tokens: int = knob(16384, "tokens per micro-batch, prompt and response")
     checkpoint_activations: bool = knob(False, "recompute blocks in backward: less memory, a third more training FLOPs")
+    compile: bool = knob(False, "torch.compile the blocks: faster and less memory, after half a minute of start-up")
+    is_cap: float = knob(0.0, "truncated importance weights min(learner / sampler, cap) on tokens; 0: none")
+    shard: str = knob("node", "weights are sharded inside a node and replicated across (node), or sharded over all (world)")
+    reshard: bool = knob(False, "free gathered weights and gradients after every block: less memory, more traffic")
     # the run
     seed: int = knob(0, "root of every random stream")
     out: str = knob("out", "folder for runs and the embedded base model")
@@ -105,9 +109,11 @@ class Config(aero.Settings):
         for name in ("lr", "temperature", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: wanted a number above 0")
-        for name in ("warmup", "weight_decay", "eval_limit", "seed", "kv_gib"):
+        for name in ("warmup", "weight_decay", "eval_limit", "seed", "is_cap", "kv_gib"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: wanted 0 or more")
+        if self.shard not in ("node", "world"):
+            raise ValueError(f"--shard {self.shard}: wanted one of node world")
         if Path(self.name).name != self.name or self.name.startswith("."):
             raise ValueError(f"--name {self.name}: wanted a plain folder name under --out {self.out}")
 
@@ -115,7 +121,7 @@ class Config(aero.Settings):
 # What --model changes, unless a flag says otherwise: Qwen2.5-Math-1.5B on MATH with a context of 4096.
 PRETRAINED = dict(
     data="math", eval_data="math500", template="qwen_math", problems=128, max_new=3072, slots=256, graders=4, steps=400,
-    lr=1e-6, warmup=10, micro_tokens=32768, eval_every=20, eval_k=4, save_every=20, show_every=5,
+    lr=1e-6, warmup=10, micro_tokens=16384, eval_every=20, eval_k=4, save_every=20, show_every=5,
 )
 
 
@@ -284,16 +290,6 @@ def collect(cursor, problems, cfg, rank, world, draw_all, stop) -> tuple[list[Gr
     return groups, cursor + taken, waited
 
 
-class Trained(NamedTuple):
-    """One rollout on its way to the learner."""
-
-    place: int
-    prompt: tuple[int, ...]
-    tokens: list[int]
-    logps: list[float]
-    advantage: float
-
-
 def choose(groups, step, cfg) -> tuple[list[Trained], list[dict]]:
     """What to train on of this rank's groups, and one plain record per group for accounting and samples."""
     batch, records = [], []
@@ -308,148 +304,6 @@ def choose(groups, step, cfg) -> tuple[list[Trained], list[dict]]:
             truncated=[g.rollouts[i].truncated for i in n], reasons=[g.verdicts[i].reason for i in n],
         ))
     return batch, records
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Learn
-
-def shard(model: Model, device) -> None:
-    """
-    FSDP2: each block, then the root with embedding, last norm and head. fp32 master weights and reductions; bf16 compute on
-    CUDA. Gradients are summed over ranks, not averaged: the loss carries global denominators already.
-    """
-    bf16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    policy = bf16 if device.type == "cuda" else MixedPrecisionPolicy(cast_forward_inputs=False)
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)     # gloo and NCCL alike: no pre-multiplied sum
-
-
-def make_learner(model_cfg, cfg, device, fill) -> tuple[Model, torch.optim.AdamW]:
-    """fp32 master weights, written by fill(model) before they are sharded, and their optimizer."""
-    with torch.device("meta"):
-        model = Model(model_cfg)
-    fill(model.to_empty(device=device))
-    model.checkpoint_activations = cfg.checkpoint_activations
-    shard(model, device)
-    return model, make_optimizer(model, cfg)
-
-
-def make_optimizer(model, cfg) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, 0.95), fused=matrices[0].is_cuda)
-    # Made here and not in the first step, so that a checkpoint has the same entries before and after it.
-    for p in model.parameters():
-        count = torch.zeros((), device=p.device if p.is_cuda else None)
-        optimizer.state[p] = dict(step=count, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-    return optimizer
-
-
-def pack(lengths, world: int, cap: int) -> list[list[list[int]]]:
-    """
-    Micro-batches for each rank: lists of indices into `lengths`, as many on every rank, at most `cap` tokens in each unless
-    one sequence alone is longer. Longest first into the least loaded; where one does not fit, with one more round of bins.
-
-    >>> pack([5, 4, 3, 3], world=2, cap=8)
-    [[[0, 3]], [[1, 2]]]
-    """
-    order, n = sorted(range(len(lengths)), key=lambda i: -lengths[i]), world * math.ceil(sum(lengths) / cap / world)
-    while True:
-        bins, load = [[] for _ in range(n)], [0] * n
-        for i in order:
-            b = min(range(n), key=load.__getitem__)
-            if bins[b] and load[b] + lengths[i] > cap:
-                break
-            bins[b].append(i)
-            load[b] += lengths[i]
-        else:
-            return [bins[rank::world] for rank in range(world)]
-        n += world
-
-
-def packed(items: list[Trained], weights, device) -> dict:
-    """
-    Tensors of one micro-batch. Row t of the forward pass predicts token t + 1, so a response r0 r1 after a prompt p0 p1 p2
-    is trained through rows 2 and 3:   ids_T = p0 p1 p2 r0 r1,   rows_R = 2 3,   targets_R = r0 r1
-    """
-    ids, rows, lengths, per_rollout = [], [], [], [len(x.tokens) for x in items]
-    for x in items:
-        first = len(ids) + len(x.prompt) - 1
-        rows += range(first, first + len(x.tokens))
-        ids += [*x.prompt, *x.tokens]
-        lengths.append(len(x.prompt) + len(x.tokens))
-
-    def spread(values):     # one value per rollout to all its tokens
-        return torch.tensor(np.repeat(np.asarray(values, np.float32), per_rollout), device=device)
-
-    return dict(
-        ids_T=torch.tensor(ids, device=device), cu=torch.tensor([0, *itertools.accumulate(lengths)], device=device).int(),
-        max_len=max(lengths), rows_R=torch.tensor(rows, device=device),
-        targets_R=torch.tensor([t for x in items for t in x.tokens], device=device),
-        sampled_R=torch.tensor([p for x in items for p in x.logps], device=device),
-        adv_R=spread([x.advantage for x in items]), weight_R=spread(weights),
-    )
-
-
-def update(model, optimizer, batch: list[Trained], lr: float, cfg, rank, world, device) -> dict:
-    """
-    One batch, cfg.updates_per_batch optimizer steps. `batch` is the whole step's, the same on every rank. A rank with less to
-    train on than others still takes part in every collective, with weight zero. A step with a gradient that is not finite is
-    skipped by all ranks together, since they see the same norm. Returns metrics over all ranks.
-    """
-    lengths = [len(x.tokens) for x in batch]
-    weights = aero.token_weights([x.place for x in batch], lengths, cfg.loss_norm, cfg.max_new)
-    micro = pack([len(x.prompt) + len(x.tokens) for x in batch], world, cfg.micro_tokens)[rank]
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    sums, largest = torch.zeros(6, dtype=torch.float64, device=device), torch.zeros(1, device=device)
-    norm, skipped, peak = 0.0, 0, 0.0
-    for number in range(cfg.updates_per_batch):
-        optimizer.zero_grad()
-        for m, indices in enumerate(micro):
-            model.set_requires_gradient_sync(m == len(micro) - 1)
-            of = indices or [0]     # nothing left for this rank: the first rollout, with weight zero
-            t = packed([batch[i] for i in of], [weights[i] if indices else 0.0 for i in of], device)
-            logp_R, entropy_R = model(t["ids_T"], t["cu"], t["max_len"], t["targets_R"], t["rows_R"], cfg.temperature)
-            behaviour_R = logp_R.detach() if cfg.updates_per_batch == 1 else t["sampled_R"]
-            loss, clipped, ratio = aero.policy_loss(
-                logp_R, behaviour_R, t["adv_R"], t["weight_R"], cfg.clip_low, cfg.clip_high
-            )
-            loss.backward()
-            with torch.no_grad():
-                real = t["weight_R"] > 0
-                gap_R = (logp_R - t["sampled_R"])[real]
-                sums[:4] += torch.stack([loss, clipped, ratio, t["weight_R"].sum()])
-                if number == 0 and len(gap_R):      # sampler against learner, before the weights move
-                    sums[4:] += torch.stack([entropy_R[real].sum(), (gap_R.exp() - 1 - gap_R).sum()])
-                    largest = torch.maximum(largest, gap_R.abs().max())
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).full_tensor().item()
-        if math.isfinite(norm):
-            optimizer.step()
-            peak = max(peak, norm)
-        else:
-            skipped += 1
-    optimizer.zero_grad()
-    dist.all_reduce(sums)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    loss, clipped, ratio, weight, entropy, gap = sums.tolist()
-    return {
-        "loss/policy": loss / cfg.updates_per_batch, "loss/clip_frac": clipped / weight, "loss/ratio_mean": ratio / weight,
-        "policy/entropy": entropy / sum(lengths), "mismatch/kl": gap / sum(lengths), "mismatch/max_abs": largest.item(),
-        "optim/lr": lr, "optim/grad_norm": peak if skipped < cfg.updates_per_batch else norm, "optim/skipped": skipped,
-    }
-
-
-def full_weights(model):
-    """(name, whole tensor), one at a time: a collective on every rank."""
-    return ((name, p.detach().full_tensor()) for name, p in model.named_parameters())
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -612,19 +466,37 @@ def eval_metrics(scores: dict[str, dict]) -> dict:
     return {f"eval/{name}/{key}": s[key] for name, s in scores.items() for key in ("avg_at_k", "pass_at_k")}
 
 
+def plan_memory(cfg, model_cfg, context: int, world: int, device) -> tuple[learner.Plan, float]:
+    """
+    (plan of learner and sampler on each GPU, bytes of KV cache in it): --kv_gib, or what the slots can fill if the learner
+    leaves as much. MemoryError, one line, before any work on a GPU that cannot hold it.
+    """
+    bf16 = device.type == "cuda"
+    token = 2 * model_cfg.num_hidden_layers * model_cfg.num_key_value_heads * model_cfg.head_dim * (2 if bf16 else 4)
+    kv = token * min(cfg.slots * (context + 128), cfg.kv_gib * 2**30 / token or math.inf)
+    sizes = (model_cfg, cfg, world, learner.node_size(world))
+    if not bf16:
+        return learner.plan(*sizes, kv, context, bf16=False), kv
+    total = torch.cuda.mem_get_info()[0]
+    if not cfg.kv_gib:      # requests wait for a smaller cache, down to one that holds a handful
+        kv = min(kv, max(token * 8 * context, total - learner.RESERVE - sum(learner.plan(*sizes, 0, context).memory.values())))
+    return learner.must_fit(total, *sizes, kv, context), kv
+
+
 def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device, model_cfg, tokenizer, problems, held_out):
     torch.manual_seed(cfg.seed)     # nothing below draws from it; a fork that does is reproducible
+    context = cfg.max_new + max(len(p.prompt) for p in itertools.chain(problems, *held_out.values()))
+    planned, kv_bytes = plan_memory(cfg, model_cfg, context, world, device)
     if not cfg.model and rank == 0:
         base_model(Path(cfg.out), device)
     dist.barrier()
     folder = resolve(cfg.model) if cfg.model else base_model(Path(cfg.out), device)
 
-    model, optimizer = make_learner(model_cfg, cfg, device, lambda model: load_weights(model, folder))
+    model, optimizer = make_learner(model_cfg, cfg, device, lambda model: read_weights(model, folder))
     parameters = sum(p.numel() for p in model.parameters())
-    context = cfg.max_new + max(len(p.prompt) for p in itertools.chain(problems, *held_out.values()))
     stop_ids = data.stop_ids(tokenizer, model_cfg.eos_token_ids)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    sampler = Sampler(model_cfg, cfg.slots, context, stop_ids, device, dtype, cfg.kv_gib)
+    sampler = Sampler(model_cfg, cfg.slots, context, stop_ids, device, dtype, kv_bytes / 2**30)
 
     # progress is all that a checkpoint needs beside weights and optimizer: random streams are functions of the step
     progress, found = dict(step=0, cursor=0, totals={}, skipped=0, in_a_row=0), checkpoints(run)
@@ -634,7 +506,7 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
     stop, log = Stop(), report.Log(run, step, cfg, rank)
     if rank == 0:
         write_json(run / "config.json", dict(settings=asdict(cfg), versions=versions(), world_size=world))
-    log.say(report.header(cfg, run, model_cfg, parameters, problems, held_out, world, device, sampler))
+    log.say(report.header(cfg, run, model_cfg, parameters, problems, held_out, world, device, sampler, planned))
     if found:
         log.say(f"resumed from {found[-1]}: step {step} of {cfg.steps}" + ", complete" * (step == cfg.steps))
 
@@ -644,7 +516,7 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
     def draw_all(requests, groups):
         return draw(requests, groups, cfg, sampler, grader, tokenizer, stop)
 
-    sampler.load(full_weights(model))
+    sampler.load(full_weights(model, dtype))
     scores = score(step)
     if step == 0:
         log.metrics(0, eval_metrics(scores))
@@ -679,7 +551,7 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
                                    f"(the last norm: {metrics['optim/grad_norm']}); the last checkpoint is good")
         metrics["optim/skipped_steps"] = progress["skipped"]
         clock.phase("update")
-        sampler.load(full_weights(model))
+        sampler.load(full_weights(model, dtype))
         clock.phase("sync")
 
         step += 1
@@ -721,6 +593,11 @@ def main(argv=None) -> int:
     try:
         rank, world, device = start_ranks()
         train(cfg, run, grader, rank, world, device, *inputs)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        hint = ("; smaller --micro_tokens or --slots, --checkpoint_activations True and --reshard True need less, and the last "
+                "checkpoint is good") * isinstance(error, torch.OutOfMemoryError)
+        print(f"error: {str(error).splitlines()[0]}{hint}", file=sys.stderr)
+        return 2
     finally:
         grader.close()
     dist.destroy_process_group()        # not after an error: the other ranks would be waited for

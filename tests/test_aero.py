@@ -32,6 +32,7 @@ import torch.distributed as dist
 
 import aero
 import data
+import learner
 import train
 from model import Model, ModelConfig
 from reward import Verdict
@@ -479,8 +480,8 @@ def tiny(monkeypatch):
         torch.manual_seed(0)
         with torch.no_grad():
             model = Model(model_cfg).init_weights(0.2)
-        train.shard(model, torch.device("cpu"))
-        return model, train.make_optimizer(model, cfg)
+        learner.shard(model, cfg, torch.device("cpu"))
+        return model, learner.make_optimizer(model, cfg)
 
     yield make
     dist.destroy_process_group()
@@ -491,7 +492,7 @@ def learn(tiny, groups, rank=0, world=1, **changes):
     cfg = train.Config(**{"lr": 1e-2, "max_new": 20, "algo": "aero"} | changes)
     model, optimizer = tiny(cfg)
     batch, _ = train.choose(groups, 0, cfg)
-    t = train.packed(batch, [1.0] * len(batch), "cpu")
+    t = learner.packed(batch, [1.0] * len(batch), "cpu")
 
     def look():     # parameters first: a forward pass without backward leaves them gathered
         parameters = torch.cat([p.detach().full_tensor().flatten() for p in model.parameters()])
@@ -523,14 +524,14 @@ def test_rank_with_nothing_takes_part(tiny):
     """One rollout for two ranks: both get one micro-batch, the second with weight zero and a gradient of zero."""
     one = [group(0, [1])]
     lengths = [len(x.prompt) + len(x.tokens) for x in train.choose(one, 0, train.Config())[0]]
-    assert train.pack(lengths, 2, 100) == [[[0]], [[]]]
+    assert learner.pack(lengths, lengths, 2, 100) == [[[0]], [[]]]
     metrics, before, after, _, _ = learn(tiny, one, rank=0, world=2)
     assert metrics["optim/grad_norm"] > 0 and not torch.equal(before, after)
     # alone, this rank would divide by the trained weight of all ranks, of which it has none: only the weights are looked at
     cfg = train.Config(lr=1e-2, max_new=20)
     model, _ = tiny(cfg)
     batch, _ = train.choose(one, 0, cfg)
-    t = train.packed([batch[0]], [0.0], "cpu")
+    t = learner.packed([batch[0]], [0.0], "cpu")
     logp_R, _ = model(t["ids_T"], t["cu"], t["max_len"], t["targets_R"], t["rows_R"])
     aero.policy_loss(logp_R, logp_R.detach(), t["adv_R"], t["weight_R"], 0.2, 0.2)[0].backward()
     assert all(not p.grad.full_tensor().any() for p in model.parameters())      # there, and zero

@@ -30,11 +30,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import aero
 import base
+import bench
 import data
+import learner
 import report
 import train
-from model import Model, ModelConfig, load_weights
-from train import Config, Trained, pack, packed, parse, update
+from learner import Trained, advise, cost, must_fit, pack, packed, plan, update
+from model import Model, ModelConfig, load_weights, read_weights
+from train import Config, parse
 
 ROOT = Path(train.__file__).parent
 NAN = float("nan")
@@ -199,7 +202,7 @@ def test_settings_of_a_wrong_type(tmp_path, settings):
 def test_every_setting_is_read():
     """By the code that runs, not by check(): a flag that does nothing is worse than none."""
     read = set()
-    for file in ("train.py", "aero.py", "report.py"):
+    for file in ("train.py", "learner.py", "aero.py", "report.py"):
         tree = ast.parse((ROOT / file).read_text())
         for node in ast.walk(tree):
             node.body = [n for n in node.body if getattr(n, "name", "") != "check"] if isinstance(node, ast.ClassDef) else \
@@ -256,6 +259,8 @@ def refused(student, flags, tmp_path, monkeypatch, capsys):
     ("--lr nan", ["--lr", "nan"]),
     ("--weight_decay nan", ["--weight_decay", "nan"]),
     ("--temperature inf", ["--temperature", "inf"]),
+    ("--shard rack: wanted one of node world", ["--shard", "rack"]),
+    ("--is_cap -1.0: wanted 0 or more", ["--is_cap", -1]),
     ("--n_total 8: ", ["--algo", "mc_grpo"]),
     ("--name a/b: wanted a plain folder name", ["--name", "a/b"]),
     ("--name ..: wanted a plain folder name", ["--name", ".."]),
@@ -342,7 +347,7 @@ def test_output_folder_of_another_configuration(reference, flags, capsys):
 
 
 def test_doctests():
-    for module in (train, aero):
+    for module in (learner, aero):
         assert doctest.testmod(module).failed == 0
 
 
@@ -350,13 +355,34 @@ def test_pack_properties():
     rng = random.Random(0)
     for _ in range(300):
         lengths = [rng.randint(1, rng.choice([5, 60, 200])) for _ in range(rng.randint(1, 40))]
-        world, cap = rng.choice([1, 2, 3, 8]), rng.choice([1, 50, 100, 1000])
-        ranks = pack(lengths, world, cap)
+        world, cap, costs = rng.choice([1, 2, 3, 8]), rng.choice([1, 50, 100, 1000]), [n * (30 + n) for n in lengths]
+        ranks = pack(costs, lengths, world, cap)
         assert len(ranks) == world and len({len(rank) for rank in ranks}) == 1 and ranks[0]
         bins = [b for rank in ranks for b in rank]
         assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
         assert all(sum(lengths[i] for i in b) <= cap or len(b) == 1 for b in bins)
         assert len(bins) <= world * math.ceil(2 * sum(lengths) / cap / world + 1) or max(lengths) > cap / 2
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_pack_balances_ranks(world):
+    """AERO keeps few rollouts of unequal length: by cost a rank has at most 3 % more than the mean, by tokens 8 %."""
+    rng, model_cfg = np.random.default_rng(0), ModelConfig.from_dict(bench.SHAPES["qwen2.5-math-1.5b"])
+    for _ in range(20):
+        lengths = np.clip(rng.lognormal(6, 0.8, 64 * world), 1, 3072).astype(int).tolist()
+        costs = [cost(model_cfg, 128, n) for n in lengths]
+        ranks = pack(costs, [128 + n for n in lengths], world, 32768)
+        spent = [sum(costs[i] for some in rank for i in some) for rank in ranks]
+        assert max(spent) < 1.03 * np.mean(spent)
+
+
+def test_cost():
+    """The example of its docstring: 7617 tokens + 1356 response + tokens^2, up to the unit and a token's diagonal."""
+    model_cfg = ModelConfig.from_dict(bench.SHAPES["qwen2.5-math-1.5b"])
+    unit = 4 * model_cfg.num_hidden_layers * model_cfg.hidden_size * 4 / 2
+    for prompt, response in [(128, 512), (100, 3000)]:
+        n = prompt + response
+        assert cost(model_cfg, prompt, response) / unit == pytest.approx(7617 * n + 1356 * response + n * n, rel=1e-3)
 
 
 def items(*responses, advantage=1.0):
@@ -396,13 +422,13 @@ def one_process():
 
 
 @pytest.fixture
-def learner(one_process, student):
-    """learner(optimizer kind): (sharded model of one rank, optimizer), as train() makes them."""
+def fresh(one_process, student):
+    """fresh(optimizer kind): (sharded model of one rank, optimizer), as train() makes them."""
 
     def make(kind=None, **changes):
         cfg = Config(**dict(dict(max_new=20, grad_clip=1e9, temperature=0.9), **changes))
         model_cfg, device = ModelConfig.from_folder(student.model), torch.device("cpu")
-        model, optimizer = train.make_learner(model_cfg, cfg, device, lambda m: load_weights(m, student.model))
+        model, optimizer = train.make_learner(model_cfg, cfg, device, lambda m: read_weights(m, student.model))
         return cfg, model, kind(model.parameters(), lr=1.0) if kind else optimizer
 
     return make
@@ -423,11 +449,11 @@ def unequal_batch(seed=0):
 
 
 @pytest.mark.parametrize("norm", aero.LOSS_NORMS)
-def test_micro_batches_do_not_matter(learner, norm):
+def test_micro_batches_do_not_matter(fresh, norm):
     """Under SGD, whose step is the gradient, here of norm 1."""
     after, metrics = [], []
     for cap in (10_000, 40, 1):
-        cfg, model, optimizer = learner(torch.optim.SGD, loss_norm=norm, micro_tokens=cap, grad_clip=1.0)
+        cfg, model, optimizer = fresh(torch.optim.SGD, loss_norm=norm, micro_tokens=cap, grad_clip=1.0)
         metrics.append(update(model, optimizer, unequal_batch(), 1.0, cfg, 0, 1, torch.device("cpu")))
         after.append(weights_of(model))
     for other, m in zip(after[1:], metrics[1:]):
@@ -470,9 +496,9 @@ def loss_by_hand(model, batch, cfg, ratio_against_sampler):
 
 @pytest.mark.parametrize("norm", aero.LOSS_NORMS)
 @pytest.mark.parametrize("updates", [1, 2])
-def test_loss_by_hand(learner, student, norm, updates):
+def test_loss_by_hand(fresh, student, norm, updates):
     """Loss, gradient and metrics. With one update the ratio is 1; with two it is against the sampler's log-probs."""
-    cfg, model, optimizer = learner(torch.optim.SGD, loss_norm=norm, updates_per_batch=updates, clip_high=0.3)
+    cfg, model, optimizer = fresh(torch.optim.SGD, loss_norm=norm, updates_per_batch=updates, clip_high=0.3)
     plain = Model(ModelConfig.from_folder(student.model))
     load_weights(plain, student.model)
     batch = []
@@ -498,9 +524,9 @@ def test_loss_by_hand(learner, student, norm, updates):
         assert 0 < metrics["loss/clip_frac"] < 1
 
 
-def test_first_of_two_updates_is_on_policy(learner):
+def test_first_of_two_updates_is_on_policy(fresh):
     """With the sampler's own log-probs the first ratio is 1, so a mean other than 1 comes from the second."""
-    cfg, model, optimizer = learner(updates_per_batch=2)
+    cfg, model, optimizer = fresh(updates_per_batch=2)
     with torch.no_grad():
         batch = []
         for x in unequal_batch():
@@ -513,9 +539,45 @@ def test_first_of_two_updates_is_on_policy(learner):
     assert abs(moving["loss/ratio_mean"] - 1) > 1e-3 and moving["mismatch/max_abs"] < 1e-5
 
 
-def test_eos_is_trained(learner, student):
+@pytest.mark.parametrize("updates", [1, 2])
+def test_truncated_importance_weights(fresh, updates):
+    """Every token weighs min(learner / sampler, cap); the ratio is against the learner's own log-probs, so it begins at 1."""
+    def once(**changes):
+        cfg, model, optimizer = fresh(torch.optim.SGD, updates_per_batch=updates, micro_tokens=40, **changes)
+        return update(model, optimizer, batch, 0.0, cfg, 0, 1, torch.device("cpu")), model, cfg
+
+    batch = [x._replace(logps=[-3.0] * len(x.tokens)) for x in unequal_batch()]
+    capped, model, cfg = once(is_cap=2.0)
+    assert capped["loss/ratio_mean"] == pytest.approx(1, abs=1e-6) and capped["loss/clip_frac"] == 0
+    weights = aero.token_weights([x.place for x in batch], [len(x.tokens) for x in batch], "prompt", 20)
+    wanted = 0.0
+    for x, weight in zip(batch, weights):
+        t = packed([x], [1.0], "cpu")
+        with torch.no_grad():
+            logp_R, _ = model(t["ids_T"], t["cu"], t["max_len"], t["targets_R"], t["rows_R"], cfg.temperature)
+        wanted -= weight * x.advantage * (logp_R - t["sampled_R"]).exp().clamp(max=2.0).sum().item()
+    assert capped["loss/policy"] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager(fresh, monkeypatch):
+    """And all blocks and all numbers of tokens share two graphs, or four where forward passes are also done again. Inductor
+    is left out: a CPU takes a minute for it."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    after = []
+    for changes in ({}, dict(compile=True, reshard=True), dict(compile=True, checkpoint_activations=True)):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        cfg, model, optimizer = fresh(torch.optim.SGD, micro_tokens=40, grad_clip=1.0, **changes)
+        update(model, optimizer, unequal_batch(), 1.0, cfg, 0, 1, torch.device("cpu"))
+        after.append(weights_of(model))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * cfg.compile * (1 + cfg.checkpoint_activations)
+    assert all((other[name] - w).abs().max() < 1e-6 for other in after[1:] for name, w in after[0].items())
+
+
+def test_eos_is_trained(fresh, student):
     """A response that is EOS alone, with a positive advantage: EOS grows likelier after its prompt."""
-    cfg, model, optimizer = learner(torch.optim.SGD)
+    cfg, model, optimizer = fresh(torch.optim.SGD)
     eos, prompt = student.tokenizer.eos_token_id, (40, 41)
 
     def chance():
@@ -529,8 +591,8 @@ def test_eos_is_trained(learner, student):
 
 
 @pytest.mark.parametrize("bad", [NAN, math.inf, 1e38])
-def test_a_gradient_that_is_not_finite_changes_nothing(learner, bad):
-    cfg, model, optimizer = learner()
+def test_a_gradient_that_is_not_finite_changes_nothing(fresh, bad):
+    cfg, model, optimizer = fresh()
     batch = unequal_batch()
     update(model, optimizer, batch, 1e-3, cfg, 0, 1, torch.device("cpu"))
     weights, state = weights_of(model), [{k: v.clone() for k, v in s.items()} for s in optimizer.state.values()]
@@ -544,13 +606,143 @@ def test_a_gradient_that_is_not_finite_changes_nothing(learner, bad):
     assert update(model, optimizer, unequal_batch(), 1e-3, cfg, 0, 1, torch.device("cpu"))["optim/skipped"] == 0
 
 
-def test_a_poisoned_weight_is_no_step(learner):
-    cfg, model, optimizer = learner()
+def test_a_poisoned_weight_is_no_step(fresh):
+    cfg, model, optimizer = fresh()
     with torch.no_grad():
         model.model.norm.weight.to_local()[0] = math.inf
     before = weights_of(model)
     assert update(model, optimizer, unequal_batch(), 1e-3, cfg, 0, 1, torch.device("cpu"))["optim/skipped"] == 1
     assert all(torch.equal(w, before[name]) for name, w in train.full_weights(model))
+
+
+# -------------------------------------------------------------------------------------------------- ranks of a learner
+
+
+def learn_on(rank, world, node, port, folder, output, changes):
+    """One update under SGD, whose step is the gradient, on this rank; rank 0 saves weights and metrics."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_WORLD_SIZE"] = str(node)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    cfg = Config(**dict(dict(max_new=20, grad_clip=1.0, micro_tokens=40), **changes))
+    device = torch.device("cpu")
+    model, _ = learner.make_learner(ModelConfig.from_folder(folder), cfg, device, lambda m: read_weights(m, folder))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    metrics = update(model, optimizer, unequal_batch(), 1.0, cfg, rank, world, device)
+    assert {p.device_mesh.size(-1) for p in model.parameters()} == {node if cfg.shard == "node" else world}
+    weights = weights_of(model)
+    if rank == 0:
+        torch.save((weights, metrics), output)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_rank_learns(student, tmp_path_factory):
+    return learned(student, tmp_path_factory.mktemp("one") / "weights.pt", 1, 1)
+
+
+def learned(student, output, world, node, **changes):
+    with socket.socket() as s:
+        s.bind(("", 0))
+        port = s.getsockname()[1]
+    ranks = [SERVER.Process(target=learn_on, args=(rank, world, node, port, student.model, output, changes))
+             for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+        assert rank.exitcode == 0
+    return torch.load(output)
+
+
+@pytest.mark.parametrize("world, node, changes", [
+    (2, 2, {}),
+    (2, 2, dict(reshard=True)),
+    (2, 1, {}),                     # two nodes of one: replicated, all-reduced
+    (2, 1, dict(reshard=True)),
+    (2, 1, dict(shard="world")),
+    (2, 2, dict(micro_tokens=1)),
+    (2, 2, dict(micro_tokens=10_000)),
+    (4, 2, dict(reshard=True)),     # two nodes of two
+    (1, 1, dict(reshard=True)),
+], ids=str)  # fmt: skip
+def test_ranks_do_not_matter(student, one_rank_learns, tmp_path, world, node, changes):
+    """Groups of 5, 1, 2 and 3 rollouts: the same gradient and metrics however they are sharded, replicated and cut."""
+    weights, metrics = learned(student, tmp_path / "weights.pt", world, node, **changes)
+    assert all((weights[name] - w).abs().max() < 1e-6 for name, w in one_rank_learns[0].items())
+    assert metrics == pytest.approx(one_rank_learns[1], abs=1e-6, rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_learner_on_cuda(student):
+    """bf16: the same gradient norm and entropy within rounding whatever only changes speed and memory."""
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found, model_cfg, device = [], ModelConfig.from_folder(student.model), torch.device("cuda", 0)
+        for changes in ({}, dict(micro_tokens=40), dict(reshard=True), dict(checkpoint_activations=True), dict(compile=True)):
+            cfg = Config(**dict(dict(max_new=20, micro_tokens=80), **changes))
+            model, optimizer = learner.make_learner(model_cfg, cfg, device, lambda m: read_weights(m, student.model))
+            found.append([update(model, optimizer, unequal_batch(), 1e-3, cfg, 0, 1, device) for _ in range(2)])
+        for other in found[1:]:
+            for name in ("optim/grad_norm", "policy/entropy"):
+                assert [m[name] for m in other] == pytest.approx([m[name] for m in found[0]], rel=2e-2), name
+    finally:
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------ memory plan
+
+SHAPE = ModelConfig.from_dict(bench.SHAPES["qwen2.5-math-1.5b"])
+
+
+def test_plan():
+    """12 bytes of state per parameter and shard, 4 of gradient; what is sent by the rules of rings."""
+    N, cfg = 1_543_714_304, Config(micro_tokens=16384)
+    one, eight, nodes = (plan(SHAPE, cfg, world, min(world, 8), 1e9, 640) for world in (1, 8, 64))
+    assert one.memory["weights and optimizer"] == 12 * N and one.memory["gradients"] == 4 * N
+    assert one.memory["sampler"] == 2 * N + 1e9 and sum(one.traffic.values()) == 0
+    assert eight.memory["weights and optimizer"] == 12 * N / 8 == nodes.memory["weights and optimizer"]
+    assert eight.traffic == {"all-gather": 2 * N * 7 / 8, "reduce-scatter": 4 * N * 7 / 8, "all-reduce": 0,
+                             "weights to the sampler": 2 * N * 7 / 8}  # fmt: skip
+    assert nodes.traffic == eight.traffic | {"all-reduce": 2 * 4 * N / 8 * 7 / 8}
+    world = plan(SHAPE, dataclasses.replace(cfg, shard="world", reshard=True), 64, 8, 0, 640, tokens=65536)
+    assert world.memory["weights and optimizer"] == 12 * N / 64 and world.memory["gradients"] < one.memory["gradients"] / 3
+    assert world.traffic["all-gather"] == 2 * 4 * 2 * N * 63 / 64
+    for change in (dict(compile=True), dict(checkpoint_activations=True), dict(micro_tokens=8192)):
+        less = plan(SHAPE, dataclasses.replace(cfg, **change), 1, 1, 1e9, 640)
+        assert less.memory["activations"] < one.memory["activations"]
+
+
+# Measured peaks in GiB of `bench.py learner --shape qwen2.5-math-1.5b` on H200: (settings, ranks, GiB). See LOG.md.
+MEASURED = [(dict(micro_tokens=16384, reshard=True), 1, 66.9)]
+
+
+@pytest.mark.parametrize("changes, world, gib", MEASURED, ids=str)
+def test_plan_is_what_was_measured(changes, world, gib):
+    planned = plan(SHAPE, Config(**changes), world, world, 0, 640, 163_840 // world).memory
+    planned.pop("sampler")
+    assert sum(planned.values()) / 2**30 == pytest.approx(gib, rel=0.08)
+
+
+def test_what_does_not_fit_is_refused_with_what_to_change():
+    cfg, sizes = Config(micro_tokens=16384), (1, 1, 20 * 2**30, 4096)
+    assert must_fit(140 * 2**30, SHAPE, cfg, *sizes) == plan(SHAPE, cfg, *sizes)
+    with pytest.raises(MemoryError, match=r"GiB per GPU .* does not fit into 75 GiB: it would with --checkpoint_activations "
+                                          r"True$"):
+        must_fit(80 * 2**30, SHAPE, cfg, *sizes)
+    with pytest.raises(MemoryError, match=r"even with .*wanted more GPUs, a smaller cache"):
+        must_fit(40 * 2**30, SHAPE, cfg, *sizes)
+    changes, _ = advise(44 * 2**30, SHAPE, cfg, 64, 8, 20 * 2**30, 4096)
+    assert changes == dict(checkpoint_activations=True, reshard=True)
+
+
+@pytest.mark.parametrize("error", [MemoryError("94 GiB does not fit"), torch.OutOfMemoryError("CUDA out of memory\nat")])
+def test_out_of_memory_is_one_line(flags, tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr(train, "start_ranks", lambda: (_ for _ in ()).throw(error))
+    assert train.main([str(f) for f in (*flags, "--out", tmp_path, "--name", "run")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {str(error).splitlines()[0]}") and printed.count("\n") == 1
+    assert ("--reshard" in printed) == isinstance(error, RuntimeError)
 
 
 # -------------------------------------------------------------------------------------------------- whole runs: files
@@ -763,7 +955,8 @@ def same_numbers(a, b, tolerance=1e-6):
     for x, y in zip(a, b):
         assert (x.get("rollout/drawn"), x.get("rollout/kept")) == (y.get("rollout/drawn"), y.get("rollout/kept"))
         for name in SAME_ON_ALL_WORLDS:
-            assert x.get(name) == pytest.approx(y.get(name), abs=tolerance), (x["step"], name)
+            assert (name in x) == (name in y)
+            assert x.get(name, 0) == pytest.approx(y.get(name, 0), rel=tolerance, abs=tolerance), (x["step"], name)
 
 
 @pytest.mark.slow
@@ -814,7 +1007,8 @@ def test_two_ranks_equal_one(out, flags, name):
     one, two = Run(out / f"{name}-1", more), Run(out / f"{name}-2", more, ranks=2)
     for run in (one, two):
         assert run.wait() == 0, run.text
-    same_numbers(one.rows, two.rows)
+    same_numbers(one.rows[:2], two.rows[:2])
+    same_numbers(one.rows, two.rows, 1e-5)  # the norm's rounding went through Adam once
     weights = [load_file(run.folder / "model" / "model.safetensors") for run in (one, two)]
     # Adam divides a gradient by its size, so where that is rounding the step is not: hence not 1e-6
     assert all((w - weights[1][n]).abs().mean() < 1e-4 for n, w in weights[0].items())
