@@ -111,7 +111,8 @@ def header(cfg, run, model_cfg, parameters, problems, held_out, world, device, s
         f"          template {cfg.template}, evaluated on {sets}, {cfg.eval_k} responses each",
         f"device    {world} x {gpu}; attention by {attention}, sampler: {sampler.path}",
         f"memory    {planned}",
-        f"          {cache:.2f} GiB of the sampler's are KV cache: {sampler.pages * sampler.page:,} tokens for {cfg.slots} slots of at most {sampler.context}",
+        f"          {cache:.2f} GiB of the sampler's are KV cache: {sampler.pages * sampler.page:,} tokens, for {cfg.slots} slots "
+        f"of at most {sampler.context}",
     ])
 
 
