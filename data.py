@@ -418,15 +418,10 @@ def order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(random.Random(f"order {seed} {epoch}").sample(range(count), count))
 
 
-def batch(count: int, seed: int, step: int, size: int) -> list[int]:
+def nth(count: int, seed: int, cursor: int) -> int:
     """
-    The `size` problems of global step `step`, the same on every rank and for every world size, none of them twice.
-
-    An epoch has count // size steps. The count % size problems at the end of its order sit it out, others each time: a
-    step across the border could meet a problem twice, and both groups would draw the same rollouts. For count 5, size 2:
-    steps 0 and 1 are order(5, seed, 0)[0:2] and [2:4], step 2 is order(5, seed, 1)[0:2].
+    The problem at position `cursor` of an endless walk, epoch after epoch: the same on every rank of every world size. A
+    step across the border of two epochs may meet a problem twice, as two groups: random streams hang on the place in the step.
     """
-    if not 1 <= size <= count:
-        raise ValueError(f"problems per step: found {size}, wanted 1 to {count}, the number of problems")
-    epoch, at = divmod(step, count // size)
-    return list(order(count, seed, epoch)[at * size : (at + 1) * size])
+    epoch, at = divmod(cursor, count)
+    return order(count, seed, epoch)[at]

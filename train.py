@@ -6,7 +6,7 @@ Reinforcement learning with verifiable rewards, by AERO (arXiv 2602.14338) or on
     torchrun --nproc_per_node 8 train.py --model Qwen/Qwen2.5-Math-1.5B          MATH, 8 GPUs
     python train.py settings.json                      every flag from a JSON file; `--help` explains them
 
-One step:  data.batch -> Sampler -> Grader -> aero.choose -> packed micro-batches, FSDP2 -> Sampler.load
+One step:  data.nth -> Sampler -> Grader -> aero.choose -> packed micro-batches, FSDP2 -> Sampler.load
 Two problems never wait for each other: a problem's next round is requested as soon as its own rollouts are graded, while
 the sampler decodes those of the others. A decision is only taken on complete rounds; on half a round, the shorter half
 would decide.
@@ -251,7 +251,7 @@ def collect(cursor, problems, cfg, rank, world, draw_all, stop) -> tuple[list[Gr
     `place` of the step is drawn by rank place % world. Returns (groups, new cursor, seconds waited for graders).
     """
     def take(places):
-        found = [(place, data.batch(len(problems), cfg.seed, cursor + place, 1)[0]) for place in places]
+        found = [(place, data.nth(len(problems), cfg.seed, cursor + place)) for place in places]
         return [Group(place, problems[i]) for place, i in found if place % world == rank]
 
     def run(asked):     # [(group, further rollouts)]

@@ -589,7 +589,7 @@ def test_what_a_run_leaves_behind(reference):
     assert kept["settings"]["n_total"] == 8 and kept["versions"]["torch"] == torch.__version__ and kept["world_size"] == 1
     samples = [json.loads(line) for line in (reference.folder / "rollouts.jsonl").read_text().splitlines()]
     assert any(s["kept"] for s in samples)
-    order = [data.batch(40, 0, place, 1)[0] for place in range(4 * 6)]  # six problems a step, each step goes on in the order
+    order = [data.nth(40, 0, place) for place in range(4 * 6)]  # six problems a step, each step goes on in the order
     assert {s["step"]: s["problem"] for s in samples} == {step: order[6 * (step - 1) + step % 6] for step in range(1, 5)}
     assert "Traceback" not in reference.text and "step 4/4 | reward" in reference.text and "avg@2" in reference.text
 
