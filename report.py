@@ -349,7 +349,7 @@ def running(rows: list[dict], signs: dict[str, int]) -> dict[int, float]:
 FLOPS, SECONDS = {"compute/rollout_flops": 1, "compute/train_flops": 1}, {"time/step": 1, "time/eval": -1}
 
 
-def smooth(values: dict[int, float], width: int = 5) -> dict[int, float]:
+def smooth(values: dict[int, float], width: int = 10) -> dict[int, float]:
     """Trailing mean over `width` steps."""
     steps = sorted(values)
     return {s: float(np.mean([values[t] for t in steps[max(0, i - width + 1) : i + 1]])) for i, s in enumerate(steps)}
@@ -373,9 +373,12 @@ def curves(folders, png: Path) -> None:
     names = {key for runs in settings.values() for rows in runs for row in rows for key in row if key.endswith("/avg_at_k")}
     score = min(names, default="eval/nothing/avg_at_k")
     progress = (("steps", {}), ("FLOPs, generation and training", FLOPS), ("seconds, without evaluation", SECONDS))
-    last = (("rollout/drawn", "rollouts a step (dashed: trained on)"), ("group/all_wrong_frac", "problems all wrong at first"),
-            ("group/all_right_frac", "problems all right at first"))
+    last = (("rollout/drawn", "rollouts a step (dashed: trained on)"), ("group/all_wrong_frac", "all wrong in the first round"),
+            ("group/all_right_frac", "all right in the first round"))
     figure, axes = plt.subplots(3, 3, figsize=(11, 9), layout="constrained")
+    for row in axes[:2]:
+        row[1].sharey(row[0])
+        row[2].sharey(row[0])
     for (label, runs), style in zip(settings.items(), itertools.cycle(STYLES)):
         axes[0, 0].plot([], [], label=label, **style)
         for column, (_, keys) in enumerate(progress):
@@ -387,13 +390,17 @@ def curves(folders, png: Path) -> None:
             band(axes[2, column], xs, [smooth(series(rows, key)) for rows in runs], style)
         band(axes[2, 0], xs, [smooth(series(rows, "rollout/trained")) for rows in runs], style, linestyle="--")
     for column, ((x, _), (_, y)) in enumerate(zip(progress, last)):
-        axes[0, column].set(xlabel=x, ylabel=f"held-out avg@k, {score.split('/')[1]}")
-        axes[1, column].set(xlabel=x, ylabel="reward of all that was drawn")
+        axes[0, column].set(xlabel=x)
+        axes[1, column].set(xlabel=x)
         axes[2, column].set(xlabel="steps", ylabel=y, ylim=(0, None))
+    axes[0, 0].set(ylabel=f"held-out avg@k, {score.split('/')[1]}")
+    axes[1, 0].set(ylabel="reward of all that was drawn")
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=min(4, len(settings)), frameon=False, fontsize=12)
+    if any(len(runs) > 1 for runs in settings.values()):
+        figure.supxlabel("line: mean of the seeds, band: their range; below the first row: mean of ten steps", fontsize=9)
     figure.savefig(png, dpi=140)
     plt.close(figure)
 
@@ -436,8 +443,8 @@ def compare(folders, png: Path) -> tuple[str, dict]:
     Draws `png` and returns (table, {setting: its numbers}): each setting at its last evaluation, in the mean of its seeds,
     and against the first. Raises ValueError or FileNotFoundError, one line, for what is no run or cannot be compared.
     """
-    lines = [["", "data", "seeds", "steps", "base", "trained", "gain", "+-", "to first", "+-", "drawn", "trained on", "FLOPs",
-              "seconds"]]
+    lines = [["", "data", "seeds", "steps", "base", "trained", "gain", "+-", "against the first", "+-", "drawn", "trained on",
+              "FLOPs", "seconds"]]
     results, first, reference = {}, None, None
     for label, seeds in by_setting(folders).items():
         steps, rates = zip(*(last_evaluation(*seed) for seed in seeds))
@@ -455,7 +462,7 @@ def compare(folders, png: Path) -> tuple[str, dict]:
                 raise ValueError(f"{first} and {label} were not evaluated on the same prompts of {name}") from error
             by_seed = [float(np.mean([*seed.values()])) for seed in trained]
             score = float(np.mean(by_seed))
-            r["eval"][name] = {"trained": score, "by_seed": by_seed, "gain": gain, "to_first": gap}
+            r["eval"][name] = {"trained": score, "by_seed": by_seed, "gain": gain, "against_first": gap}
             versus = ["", ""] if label == first else [f"{gap[0]:+.3f}", f"{gap[1]:.3f}"]
             lines.append([label, name, str(r["seeds"]), str(r["steps"]), f"{score - gain[0]:.3f}", f"{score:.3f}",
                           f"{gain[0]:+.3f}", f"{gain[1]:.3f}", *versus, *cost])
