@@ -236,6 +236,8 @@ def parse(argv: list[str] | None) -> Config:
     for name in ("k", "max_new", "slots", "workers"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name}: found {getattr(cfg, name)}, wanted 1 or more")
+    if not math.isfinite(cfg.temperature):
+        raise ValueError(f"--temperature: found {cfg.temperature}, wanted a finite number")
     if cfg.limit < 0:
         raise ValueError(f"--limit: found {cfg.limit}, wanted 0 or more")
     if cfg.temperature == 0 and cfg.k > 1:

@@ -466,5 +466,6 @@ def compare(folders, png: Path) -> tuple[str, dict]:
             versus = ["", ""] if label == first else [f"{gap[0]:+.3f}", f"{gap[1]:.3f}"]
             lines.append([label, name, str(r["seeds"]), str(r["steps"]), f"{score - gain[0]:.3f}", f"{score:.3f}",
                           f"{gain[0]:+.3f}", f"{gain[1]:.3f}", *versus, *cost])
+    png.parent.mkdir(parents=True, exist_ok=True)
     curves(folders, png)
     return f"{columns(lines)}\ncurves: {png}", results

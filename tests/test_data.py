@@ -360,7 +360,7 @@ def test_bad_files(kind, tokenizer, write):
 
 def test_bad_specs(tokenizer, tmp_path):
     for spec in ("absent.jsonl", "a/b/c", "gsm8kk", str(tmp_path / "absent.parquet")):
-        with pytest.raises(FileNotFoundError, match=r"no such file or folder, not OWNER/NAME .* none of: arithmetic math500"):
+        with pytest.raises(FileNotFoundError, match=r"no such file or folder, no OWNER/NAME .* none of: arithmetic math500"):
             data.load(spec, tokenizer, "none")
     (tmp_path / "x.csv").write_text("a,b")
     with pytest.raises(ValueError, match=r"found the suffix '.csv', wanted .jsonl, .json, .parquet"):
