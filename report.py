@@ -226,8 +226,9 @@ class Log:
             self.samples.write(json.dumps(row) + "\n")
             if i == 0:
                 fate = f"kept, advantage {advantage[i]:+.2f}" if i in advantage else "rejected"
-                title = (f"step {step}, problem {g.problem.id}: {row['verdict']} ({row['reason']}), "
-                         f"gold {row['gold']}, found {row['extracted']}, {fate}")
+                why = "" if row["reason"] == "wrong" else f" ({row['reason']})"
+                title = (f"step {step}, problem {g.problem.id}: {row['verdict']}{why}, gold {row['gold']}, "
+                         f"found {row['extracted']}, {fate}")
                 self.board.add_text("rollout", f"    {title}\n\n{prompt}\n{row['response']}".replace("\n", "\n    "), step)
                 if show:
                     title = paint(f"--- {title}", "green" if right else "red")
