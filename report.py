@@ -304,7 +304,7 @@ def model_card(run: Path, step: int, totals: dict, cfg, problems, versions: dict
     return "\n".join([
         "---", "library_name: transformers", "pipeline_tag: text-generation", *hub, "tags: [rlvr, aero]", "---", "",
         f"# {cfg.name}, step {step}", "",
-        f"`{cfg.model or 'the embedded base model'}` after {step} of {cfg.steps} steps of reinforcement learning with "
+        f"{cfg.model or 'The embedded base model'} after {step} of {cfg.steps} steps of reinforcement learning with "
         f"verifiable rewards by `{cfg.algo}` (see [AERO](https://arxiv.org/abs/2602.14338)) on {problems.report}.", "",
         "```", closing_table(run, step, totals, cfg), "```", "",
         f"Responses of at most {cfg.max_new} tokens at temperature {cfg.temperature}; +- is the standard error over problems. "

@@ -718,13 +718,13 @@ def test_killed_anywhere(reference, out, flags, hook, request):
     same_run(finished(folder, flags), reference)
 
 
-def terminated_while_evaluating(call):
+def terminated_while_evaluating(call, rank=None):
     """TERM at the third token of the call-th evaluation (from 1: before step 0, after step 2, after step 4)."""
     evaluate, count = train.eval.evaluate, iter(range(1, 1000))
 
     def wrapped(*args):
         if next(count) == call:
-            accident("Sampler.step", 3, signal.SIGTERM)
+            accident("Sampler.step", 3, signal.SIGTERM, rank)
         return evaluate(*args)
 
     train.eval.evaluate = wrapped
@@ -782,6 +782,17 @@ def test_a_signal_to_one_rank_stops_both(out, flags):
     run = Run(out / "one-signal", flags, ranks=2, hook=functools.partial(terminated_while_drawing, 2, rank=1))
     assert run.wait(30) == 0, run.text
     assert "stopped by a signal at step 1 of 4" in run.text and run.checkpoints == ["step_1"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_in_an_evaluation_stops_both(out, flags, reference):
+    """The other rank has all its records and no signal; the score is drawn again, and its row written once."""
+    run = Run(out / "one-evaluating", flags, ranks=2, hook=functools.partial(terminated_while_evaluating, 2, rank=1))
+    assert run.wait(30) == 0, run.text
+    assert "stopped by a signal at step 2 of 4" in run.text and run.checkpoints == ["step_2"]
+    assert [row["step"] for row in run.rows] == [0, 1]
+    again = finished(run.folder, flags, ranks=2)
+    same_numbers(again.rows, reference.rows, 1e-4)
 
 
 @pytest.mark.slow
