@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -100,7 +101,8 @@ def base_model(out: Path, device) -> Path:
             encoded[example.level].append((prompt, [*right, *cfg.eos_token_ids], [*slipped, *cfg.eos_token_ids]))
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["lr"], betas=(0.9, 0.98), weight_decay=0.01)
-    bar, begun = tqdm(range(steps), desc="base model (once)", unit="step", mininterval=1.0), time.time()
+    every = 1.0 if sys.stderr.isatty() else 15.0    # seconds between two updates
+    bar, begun = tqdm(range(steps), desc="base model (once)", unit="step", mininterval=every), time.time()
     for step in bar:
         for group in optimizer.param_groups:    # warm-up, then linear to a tenth
             group["lr"] = RECIPE["lr"] * min((step + 1) / RECIPE["warmup"], 1.0 - 0.9 * step / steps)

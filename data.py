@@ -19,6 +19,7 @@ import ast
 import functools
 import hashlib
 import json
+import logging
 import math
 import random
 import re
@@ -176,7 +177,7 @@ def open_rows(spec: str) -> tuple[Report, Iterable[dict]]:
     name, _, revision = spec.partition("@")
     name, _, split = name.partition(":")
     config, _, split = split.rpartition("/")
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Report(Path(name).resolve().name, ""), hub_rows(spec, name, config, split)[0]
     if name in NAMED:
         hub, own_config, own_split, expected = NAMED[name]
@@ -186,7 +187,7 @@ def open_rows(spec: str) -> tuple[Report, Iterable[dict]]:
         rows, commit = hub_rows(spec, name, config, split, revision)
         return Report(name.split("/")[1], commit), rows
     known = " ".join(["arithmetic", *NAMED])
-    raise FileNotFoundError(f"{spec}: no such file or folder, not OWNER/NAME of a hub data set, and none of: {known}")
+    raise FileNotFoundError(f"{spec or 'empty name'}: no such file or folder, no OWNER/NAME of the hub, and none of: {known}")
 
 
 def json_rows(path: Path) -> Iterator[dict]:
@@ -212,6 +213,7 @@ def hub_rows(spec: str, name: str, config=None, split=None, revision=None, **opt
         import datasets
     except ImportError:
         raise ValueError(f"{spec}: needs the package `datasets`: pip install -r requirements-data.txt") from None
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors are raised as well, and said once
     try:
         if Path(name, "dataset_dict.json").is_file() or Path(name, "state.json").is_file():
             found = datasets.load_from_disk(name)
@@ -418,15 +420,10 @@ def order(count: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(random.Random(f"order {seed} {epoch}").sample(range(count), count))
 
 
-def batch(count: int, seed: int, step: int, size: int) -> list[int]:
+def nth(count: int, seed: int, cursor: int) -> int:
     """
-    The `size` problems of global step `step`, the same on every rank and for every world size, none of them twice.
-
-    An epoch has count // size steps. The count % size problems at the end of its order sit it out, others each time: a
-    step across the border could meet a problem twice, and both groups would draw the same rollouts. For count 5, size 2:
-    steps 0 and 1 are order(5, seed, 0)[0:2] and [2:4], step 2 is order(5, seed, 1)[0:2].
+    The problem at position `cursor` of an endless walk, epoch after epoch: the same on every rank of every world size. A
+    step across the border of two epochs may meet a problem twice, as two groups: random streams hang on the place in the step.
     """
-    if not 1 <= size <= count:
-        raise ValueError(f"problems per step: found {size}, wanted 1 to {count}, the number of problems")
-    epoch, at = divmod(step, count // size)
-    return list(order(count, seed, epoch)[at * size : (at + 1) * size])
+    epoch, at = divmod(cursor, count)
+    return order(count, seed, epoch)[at]

@@ -5,6 +5,7 @@ Avg@k and Pass@k on benchmarks, alone or from train.py.
     python eval.py --model Qwen/Qwen2.5-Math-1.5B --data math500 aime24 my.jsonl --k 8 --max_new 3072
     torchrun --nproc_per_node 8 eval.py ...                       problems are spread over the ranks
     python eval.py --regrade out/eval/x/math500.jsonl             grades saved responses again, generates nothing
+    python eval.py --compare out/tiny-grpo-s0 out/tiny-aero-s0    runs of train.py: a table of differences, and compare.png
 
 With c of the n samples of a problem right, in the mean over problems,
 
@@ -15,7 +16,8 @@ With c of the n samples of a problem right, in the mean over problems,
 Standard errors are clustered by problem: samples of one problem are no independent draws, so the error is that of a mean
 over problems, sd / sqrt(problems). It says how far the score might be off had other problems of the kind been asked.
 
-Responses are saved as they were graded. The last line printed is one JSON object, {data set: summary with its settings}.
+Responses are saved as they were graded. The last line printed is one JSON object: {data set: summary with its settings},
+or {setting: its scores, cost and differences} of a comparison.
 """
 
 import hashlib
@@ -58,6 +60,7 @@ class Config:
     workers: int = field(default=2, metadata={"help": "grading processes on each rank"})
     out: str = field(default="", metadata={"help": "folder for responses and summaries, out/eval/MODEL-TIME if empty"})
     regrade: list[str] = field(default_factory=list, metadata={"help": "saved .jsonl files to grade again, and nothing else"})
+    compare: list[str] = field(default_factory=list, metadata={"help": "run folders to set against the first one"})
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -115,15 +118,16 @@ def grader_version() -> str:
 
 
 def evaluate(
-    sampler, grader, tokenizer, problems, k: int, max_new: int, sampling, seed: int, rank=0, world=1, label=""
-) -> tuple[dict, list[dict]]:
+    sampler, grader, tokenizer, problems, k: int, max_new: int, sampling, seed: int, rank=0, world=1, label="", stop=None
+) -> tuple[dict | None, list[dict]]:
     """
     k responses to each problem, graded while others are decoded. Problem i goes to rank i % world. Every rank calls this
     once, with the same arguments, and gets (summary over all ranks, its own records). The random stream of a response
     hangs on (seed, problem id, sample) alone, so the scores are those of one rank. A truncated response is graded as it
     stands: a base model that boxes its answer and rambles on has answered (in training it is wrong, so that it learns to end).
 
-    label: of a progress bar, none if empty. Raises ValueError for k < 1, for no problems, for greedy decoding with k > 1.
+    label: of a progress bar, none if empty. stop: once stop.asked on any rank, all return without a summary (None), as soon
+    as the slowest of them has seen it or is done. Raises ValueError for k < 1, no problems, greedy decoding with k > 1.
     """
     if k < 1 or not problems:
         raise ValueError(f"evaluation: found k {k} and {len(problems)} problems, wanted one or more of each")
@@ -134,7 +138,7 @@ def evaluate(
     sampler.add(Request(p.id, sample, p.prompt, max_new) for p in mine.values() for sample in range(k))
     waiting, records = {}, []
     bar = tqdm(total=k * len(mine), desc=label, unit=" responses", leave=False, disable=not label or None)
-    while sampler.busy or waiting:
+    while (sampler.busy or waiting) and not (stop and stop.asked):
         for rollout in sampler.step():
             problem, key = mine[rollout.problem], (rollout.problem, rollout.index)
             response = tokenizer.decode(rollout.tokens, skip_special_tokens=True)
@@ -148,11 +152,14 @@ def evaluate(
             records.append(waiting.pop(key) | vars(verdict))
             bar.update()
     bar.close()
+    stopped = bool(sampler.busy or waiting)
     records.sort(key=lambda r: (r["problem"], r["sample"]))
     long = ("prompt", "response", "gold", "extracted")  # the summary needs none of these, so they do not travel
-    parts = [[{name: r[name] for name in r if name not in long} for r in records]] * world
+    parts = [None if stopped else [{name: r[name] for name in r if name not in long} for r in records]] * world
     if world > 1:
         dist.all_gather_object(parts, parts[rank])
+    if None in parts:
+        return None, records
     settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k, "max_new": max_new}
     return summarise(list(chain(*parts))) | settings | {"seed": seed, "grader": grader_version()}, records
 
@@ -171,6 +178,13 @@ def regrade(records: list[dict], grader) -> list[dict]:
 # What is shown and saved
 
 
+def columns(lines: list[list[str]]) -> str:
+    """Rows of cells as text, the first cell to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rows = ([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:]))] for line in lines)
+    return "\n".join("  ".join(row).rstrip() for row in rows)
+
+
 def table(results: dict[str, dict]) -> str:
     """Plain text columns: a line for each data set, one for each of its levels where there are 2 to 12, the settings."""
     ladder = sorted({int(j) for s in results.values() for j in s["pass_at"]})
@@ -184,11 +198,9 @@ def table(results: dict[str, dict]) -> str:
             passes = [f"{part['pass_at_k']:.3f}" if j == s["k"] else "" for j in ladder]
             label = f"  level {level.removeprefix('Level ')}"
             lines.append([label, str(part["n"]), "", f"{part['avg_at_k']:.3f}", "", *passes, "", "", ""])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    rows = [[line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))] for line in lines]
     names = ("model", "template", "temperature", "top_p", "top_k", "max_new", "seed", "grader")
     settings = ", ".join(f"{name} {s[name]}" for name in names if name in s)
-    return "\n".join([*("  ".join(row).rstrip() for row in rows), settings])
+    return f"{columns(lines)}\n{settings}"
 
 
 def save(folder: Path, name: str, records: list[dict], summary: dict) -> None:
@@ -216,7 +228,7 @@ def parse(argv: list[str] | None) -> Config:
     cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         raise ValueError(f"unknown {' '.join(unknown)}, known are {' '.join('--' + name for name in vars(cfg))}")
-    if cfg.regrade:
+    if cfg.regrade or cfg.compare:
         return cfg
     for name in ("model", "data"):
         if not getattr(cfg, name):
@@ -224,6 +236,8 @@ def parse(argv: list[str] | None) -> Config:
     for name in ("k", "max_new", "slots", "workers"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name}: found {getattr(cfg, name)}, wanted 1 or more")
+    if not math.isfinite(cfg.temperature):
+        raise ValueError(f"--temperature: found {cfg.temperature}, wanted a finite number")
     if cfg.limit < 0:
         raise ValueError(f"--limit: found {cfg.limit}, wanted 0 or more")
     if cfg.temperature == 0 and cfg.k > 1:
@@ -343,14 +357,23 @@ def main(argv: list[str] | None = None) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         cfg = parse(argv)
-        job = [{Path(file): read_saved(Path(file)) for file in cfg.regrade}] if cfg.regrade else prepare(cfg)
+        if cfg.compare:
+            import report  # matplotlib and TensorBoard, which nothing else here needs
+
+            shown, results = report.compare(cfg.compare, Path(cfg.out or ".", "compare.png"))
+        elif cfg.regrade:
+            saved = {Path(file): read_saved(Path(file)) for file in cfg.regrade}
+        else:
+            inputs = prepare(cfg)
     except (ValueError, OSError) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    results = run_regrade(cfg, *job) if cfg.regrade else run(cfg, rank, world, *job)
+    if not cfg.compare:
+        results = run_regrade(cfg, saved) if cfg.regrade else run(cfg, rank, world, *inputs)
+        shown = table(results)
     if rank == 0:
-        print(table(results))
+        print(shown)
         print(json.dumps(results))
     return 0
 

@@ -1,14 +1,17 @@
 """
-What a run counts and what a person looks at: metrics of a step, console, TensorBoard, the closing table, curves.
-
-    python report.py out/tiny-aero-s0 out/tiny-grpo-s0 ...      curves of several runs in one PNG, seeds as mean and band
+What a run counts and what a person looks at: metrics of a step, console, TensorBoard, the closing table, the model card,
+and runs beside each other (`python eval.py --compare`).
 
 Row k of metrics.jsonl describes the k-th step and the policy after k steps; row 0 holds the evaluation before training.
 """
 
+import itertools
 import json
+import math
 import sys
+import time
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import matplotlib
@@ -18,6 +21,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import aero
+from data import template_text
+from eval import columns
 from model import flash_attn_varlen_func, forward_flops
 
 matplotlib.use("Agg")
@@ -97,75 +102,109 @@ def first_round(record) -> np.ndarray:
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
+def paint(text: str, colour: str) -> str:
+    """In colour on a terminal, as it is in a file."""
+    return f"\x1b[{dict(green=32, red=31, dim=2)[colour]}m{text}\x1b[0m" if sys.stdout.isatty() else text
+
+
 def header(cfg, run, model_cfg, parameters, problems, held_out, world, device, sampler, planned) -> str:
     """What is about to run, before it does."""
     gpu = f"{torch.cuda.get_device_name(device)}, bf16" if device.type == "cuda" else "CPU, fp32"
     cache = sampler.cache.numel() * sampler.cache.element_size() / 2**30
     attention = "SDPA" if device.type == "cpu" else "flash-attn" if flash_attn_varlen_func else "torch varlen and flash kernels"
     sizes = f"L{model_cfg.num_hidden_layers} D{model_cfg.hidden_size} V{model_cfg.vocab_size}"
-    sets = ", ".join(f"{name} ({len(p)})" for name, p in held_out.items()) or "nothing"
+    n, prompt = cfg.n_total, max(len(p.prompt) for p in problems)
+    longest = dict(prompt=prompt, lengths=[cfg.max_new] * n, kept=[*range(n)])
+    most = cfg.problems * sum(count_flops(model_cfg, [longest], cfg)[:2])
+    sets = [f"          evaluated on {p.report}, {cfg.eval_k} responses each" for p in held_out.values()]
     return "\n".join([
         f"run       {run}: {cfg.algo}, {cfg.steps} steps of {cfg.problems} problems, seed {cfg.seed}",
         f"model     {cfg.model or 'embedded base'}: {model_cfg.model_type}, {parameters:,} parameters, {sizes}",
-        f"problems  {problems.report}",
-        f"          template {cfg.template}, evaluated on {sets}, {cfg.eval_k} responses each",
-        f"device    {world} x {gpu}; attention by {attention}, sampler: {sampler.path}",
+        f"problems  {problems.report}; template {cfg.template!r}",
+        *sets,
+        f"device    {world} x {gpu}; attention by {attention}; sampler by {sampler.path}",
         f"memory    {planned}",
-        f"          {cache:.2f} GiB of the sampler's are KV cache: {sampler.pages * sampler.page:,} tokens, for {cfg.slots} slots "
+        f"          {cache:.2f} GiB of it are KV cache: {sampler.pages * sampler.page:,} tokens, at most {cfg.slots} rollouts "
         f"of at most {sampler.context}",
+        f"compute   at most {most:.2g} FLOPs a step, with {n} rollouts of {cfg.max_new} tokens to a problem, all trained on"
+        + ", and no refill" * aero.ALGORITHMS[cfg.algo].refill,
     ])
 
 
 def keep_rows_until(path: Path, step: int) -> None:
     """Rows of steps that a resumed run will do again are dropped, and a last one that a kill cut short."""
     if path.is_file():
-        whole = path.read_text().split("\n")[:-1] if step else []      # from step 0 it also evaluates again
+        whole = path.read_text().split("\n")[:-1]
         partial = path.with_suffix(".partial")
         partial.write_text("".join(f"{row}\n" for row in whole if json.loads(row)["step"] <= step))
         partial.rename(path)
 
 
+GROUPS = ("reward", "eval", "group", "rollout", "response_length", "compute", "loss", "policy", "mismatch", "optim", "time",
+          "perf")
+
+
+def layout(names) -> dict:
+    """TensorBoard's tab of custom scalars, which keeps this order of groups; its other tabs sort them by name."""
+    charts = {group: {} for group in GROUPS}
+    charts["eval"] = {key: ["Multiline", [f"eval/.*/{key}$"]] for key in ("avg_at_k", "pass_at_k")}
+    for name in names:
+        group, _, key = name.partition("/")
+        charts[group].setdefault(key, ["Multiline", [f"{name}$"]])
+    return charts
+
+
 class Log:
     """Everything a person looks at while a run goes on, on rank 0; silent on the others."""
 
-    def __init__(self, run: Path, start: int, cfg, rank: int):
-        self.rank, self.tty = rank, sys.stdout.isatty()
+    QUIET = 10      # seconds between two lines where there is no terminal to redraw one on
+
+    def __init__(self, run: Path, start: int, cfg, rank: int, pending: bool):
+        """start: steps done; pending: the row of the last of them is still to be written."""
+        self.rank, self.tty, self.start, self.begun, self.said = rank, sys.stdout.isatty(), start, time.monotonic(), -math.inf
         if rank == 0:
-            for name in ("metrics.jsonl", "rollouts.jsonl"):
-                keep_rows_until(run / name, start)
+            for name, rows in (("metrics.jsonl", start - pending), ("rollouts.jsonl", start)):
+                keep_rows_until(run / name, rows if start else -1)      # from step 0 it also evaluates again
             for path in (run / "eval").glob("*-step*.json*"):       # of a policy that is about to be trained again
                 if int(path.stem.rpartition("-step")[2]) > start:
                     path.unlink()
             self.rows, self.samples = (open(run / name, "a", buffering=1) for name in ("metrics.jsonl", "rollouts.jsonl"))  # noqa: SIM115
             self.board = SummaryWriter(run / "tb", purge_step=start + 1)
         hidden = rank > 0 or not self.tty or start >= cfg.steps
-        self.bar = tqdm(total=cfg.steps, initial=start, unit="step", disable=hidden, dynamic_ncols=True)
+        self.bar = tqdm(total=cfg.steps, initial=start, disable=hidden, dynamic_ncols=True,
+                        bar_format="{n_fmt}/{total_fmt} {bar:10} {desc}")
 
     def say(self, text: str) -> None:
         if self.rank == 0:
             tqdm.write(text)
 
     def metrics(self, step: int, metrics: dict) -> None:
+        """A row of metrics.jsonl, and the same on the board, in the order of GROUPS."""
         if self.rank:
             return
-        for name, value in metrics.items():
+        row = dict(sorted(metrics.items(), key=lambda item: GROUPS.index(item[0].partition("/")[0])))
+        if step == self.start + 1:
+            self.board.add_custom_scalars(layout(name for name, value in row.items() if not isinstance(value, list)))
+        for name, value in row.items():
             if isinstance(value, list):
                 self.board.add_histogram(name, np.array(value), step)
             else:
                 self.board.add_scalar(name, value, step)
-        row = {"step": step} | {k: v.item() if isinstance(v, np.generic) else v for k, v in metrics.items()}
-        self.rows.write(json.dumps(row) + "\n")
+        self.rows.write(json.dumps({"step": step} | row) + "\n")
 
     def step(self, step: int, metrics: dict, scores: dict) -> None:
         self.metrics(step, metrics)
+        now, total = time.monotonic(), self.bar.total
+        left = tqdm.format_interval((now - self.begun) / max(1, step - self.start) * (total - step))
         held_out = "".join(f" | {name} {s['avg_at_k']:.3f}" for name, s in scores.items())
-        line = (f"reward {metrics['reward/mean']:.3f}{held_out} | flat {metrics['group/flat_frac']:.2f} | "
-                f"drawn {metrics['rollout/drawn']} trained {metrics['rollout/trained']} | "
-                f"{metrics['perf/gen_tokens_per_s'] / 1000:.1f}k tok/s | saved {metrics['compute/saved_frac']:.0%}")
-        self.bar.set_description_str(line, refresh=False)
-        self.bar.update()
-        if not self.tty:
-            self.say(f"step {step}/{self.bar.total} | {line} | {metrics['time/step']:.1f} s")
+        line = (f"reward {metrics['reward/mean']:.3f}{held_out} | {metrics['perf/gen_tokens_per_s'] / 1000:.1f}k tokens/s | "
+                f"saved {metrics['compute/saved_frac']:.0%} | {left} left")
+        self.bar.n = step
+        self.bar.set_description_str(line)
+        evaluated = any(name.startswith("eval/") for name in metrics)
+        if not self.tty and (evaluated or step == total or now - self.said > self.QUIET):
+            self.said = now
+            self.say(f"step {step}/{total} | {line}")
 
     def rollouts(self, step: int, groups, records, tokenizer, show: bool) -> None:
         """All rollouts of one group per step go to rollouts.jsonl; now and then one of them to the console."""
@@ -176,20 +215,24 @@ class Log:
         advantage = dict(zip(r["kept"], r["advantage"]))
         prompt = tokenizer.decode(g.problem.prompt)
         for i, rollout in sorted(g.rollouts.items()):
-            verdict = g.verdicts[i]
+            verdict, right = g.verdicts[i], r["rewards"][i] > 0
             row = dict(
-                step=step, problem=g.problem.id, level=g.problem.level, prompt=prompt, sample=i, round=r["rounds"][i],
+                step=step, problem=g.problem.id, level=g.problem.level, round=r["rounds"][i], sample=i, prompt=prompt,
                 response=tokenizer.decode(rollout.tokens, skip_special_tokens=True), gold=g.problem.gold,
-                extracted=verdict.extracted, rule=verdict.rule, score=r["rewards"][i], reason=verdict.reason,
+                extracted=verdict.extracted, verdict="right" if right else "wrong", rule=verdict.rule,
+                reason="truncated" if verdict.score and not right else verdict.reason, length=len(rollout.tokens),
                 truncated=rollout.truncated, kept=i in advantage, advantage=advantage.get(i),
             )
             self.samples.write(json.dumps(row) + "\n")
             if i == 0:
-                text = f"{prompt}\n{row['response']}"
-                self.board.add_text("rollout", f"    {text}".replace("\n", "\n    "), step)
+                fate = f"kept, advantage {advantage[i]:+.2f}" if i in advantage else "rejected"
+                why = "" if row["reason"] == "wrong" else f" ({row['reason']})"
+                title = (f"step {step}, problem {g.problem.id}: {row['verdict']}{why}, gold {row['gold']}, "
+                         f"found {row['extracted']}, {fate}")
+                self.board.add_text("rollout", f"    {title}\n\n{prompt}\n{row['response']}".replace("\n", "\n    "), step)
                 if show:
-                    verdict = "right" if row["score"] else f"wrong, wanted {row['gold']}"
-                    self.say(f"--- a rollout of step {step} ({verdict})\n{text}\n---")
+                    title = paint(f"--- {title}", "green" if right else "red")
+                    self.say(f"{title}\n{paint(prompt, 'dim')}\n{row['response']}\n---")
 
     def close(self) -> None:
         self.bar.close()
@@ -217,104 +260,85 @@ def speeds(metrics: dict, cfg, device, world: int) -> dict:
     return rates
 
 
-def closing_table(before: dict, after: dict, totals: dict, cfg, seconds: float) -> str:
-    """Base against trained for each evaluation set and level, then what it took. `before`, `after`: {name: summary}."""
-    lines = [["", "problems", f"avg@{cfg.eval_k}: base", "trained", "gain", f"pass@{cfg.eval_k}: base", "trained"]]
+# --------------------------------------------------------------------------------------------------------------------
+# What a run leaves behind
+
+def closing_table(run: Path, step: int, totals: dict, cfg) -> str:
+    """Base against the policy after `step` steps for each evaluation set and level, then what it took so far."""
+    before, after = ({path.name.rpartition("-step")[0]: json.loads(path.read_text()) for path in sorted(
+        (run / "eval").glob(f"*-step{at}.json"))} for at in (0, step))
+    lines = [["", "problems", f"avg@{cfg.eval_k}: base", "trained", "+-", "gain", f"pass@{cfg.eval_k}: base", "trained"]]
     for name, end in after.items():
         start = before[name]
         pairs = [(name, start, end)]
         if 2 <= len(end["by_level"]) <= 12:
             pairs += [(f"  level {level}", start["by_level"][level], part) for level, part in end["by_level"].items()]
         for label, a, b in pairs:
-            lines.append([label, str(b["n"]), f"{a['avg_at_k']:.3f}", f"{b['avg_at_k']:.3f}",
+            error = b.get("avg_at_k_se")    # none for a level, or for a single problem
+            lines.append([label, str(b["n"]), f"{a['avg_at_k']:.3f}", f"{b['avg_at_k']:.3f}", f"{error:.3f}" if error else "",
                           f"{b['avg_at_k'] - a['avg_at_k']:+.3f}", f"{a['pass_at_k']:.3f}", f"{b['pass_at_k']:.3f}"])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    rows = ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))]) for line in lines]
     spent = totals["rollout_flops"] + totals["train_flops"]
-    rows.append(f"rollouts: {totals['drawn']:,} drawn, {totals['trained']:,} trained on, {totals['tokens']:,} tokens; "
-                f"{seconds:.0f} s in steps")
-    rows.append(f"compute: {spent:.3g} FLOPs ({totals['rollout_flops']:.3g} generation, {totals['train_flops']:.3g} training), "
-                f"{1 - spent / totals['reference_flops']:.0%} less than GRPO with {cfg.n_reference} rollouts per problem")
-    return "\n".join(rows)
+    seconds = sum(row["time/step"] - row["time/eval"] for row in read_rows(run) if 0 < row["step"] <= step)
+    return "\n".join([
+        columns(lines),
+        f"rollouts: {totals['drawn']:,} drawn, {totals['trained']:,} trained on, {totals['tokens']:,} tokens; "
+        f"{seconds:.0f} s in steps",
+        f"compute: {spent:.3g} FLOPs ({totals['rollout_flops']:.3g} generation, {totals['train_flops']:.3g} training), "
+        f"{1 - spent / totals['reference_flops']:.0%} less than GRPO with {cfg.n_reference} rollouts per problem",
+    ])
 
 
-def close_run(run: Path, cfg) -> str:
-    """The closing table of a finished run, read back from its files; draws curves.png beside them."""
+def close_run(run: Path, totals: dict, best: dict | None, cfg) -> str:
+    """The closing table of a finished run; draws curves.png."""
     curves([run], run / "curves.png")
-    _, rows = read_run(run)
-    totals = json.loads((run / "checkpoints" / f"step_{cfg.steps}" / "progress.json").read_text())["totals"]
-    before, after = ({path.name.rpartition("-step")[0]: json.loads(path.read_text()) for path in sorted(
-        (run / "eval").glob(f"*-step{step}.json"))} for step in (0, cfg.steps))
-    seconds = sum(row["time/step"] - row["time/eval"] for row in rows if "time/step" in row)
-    return closing_table(before, after, totals, cfg, seconds)
+    lines = [closing_table(run, cfg.steps, totals, cfg)]
+    if best:    # the largest of several noisy numbers, so it flatters
+        lines.append(f"best: step {best['step']} with avg@{cfg.eval_k} {best['score']:.3f}, the highest on the way")
+    return "\n".join(lines)
 
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")   # Okabe and Ito
+def model_card(run: Path, step: int, totals: dict, cfg, problems, versions: dict) -> str:
+    """README.md of an exported folder, with the header that the hub reads: origin, scores, prompt and settings."""
+    hub = [f"base_model: {cfg.model}"] if cfg.model and not Path(cfg.model).exists() else []
+    template = cfg.template if cfg.template == "chat" else template_text(cfg.template)
+    return "\n".join([
+        "---", "library_name: transformers", "pipeline_tag: text-generation", *hub, "tags: [rlvr, aero]", "---", "",
+        f"# {cfg.name}, step {step}", "",
+        f"{cfg.model or 'The embedded base model'} after {step} of {cfg.steps} steps of reinforcement learning with "
+        f"verifiable rewards by `{cfg.algo}` (see [AERO](https://arxiv.org/abs/2602.14338)) on {problems.report}.", "",
+        "```", closing_table(run, step, totals, cfg), "```", "",
+        f"Responses of at most {cfg.max_new} tokens at temperature {cfg.temperature}; +- is the standard error over problems. "
+        "The scores are those of this prompt template:", "", "```", template, "```", "", "Settings and versions:", "",
+        "```json", json.dumps(asdict(cfg) | versions, indent=1), "```", "",
+    ])
 
 
-def read_run(folder: Path) -> tuple[str, list[dict]]:
-    """(label of its setting, rows of metrics.jsonl). FileNotFoundError, one line, if this is not a run."""
-    if not (folder / "metrics.jsonl").is_file():
-        raise FileNotFoundError(f"{folder} holds no metrics.jsonl, so it is not a run")
-    settings = json.loads((folder / "config.json").read_text())["settings"]
-    label = settings["name"].removesuffix(f"-s{settings['seed']}")
-    return label, [json.loads(line) for line in open(folder / "metrics.jsonl")]
+# --------------------------------------------------------------------------------------------------------------------
+# Runs beside each other
+
+# Okabe and Ito's colours, which the colour-blind can tell apart; in grey print the markers do.
+STYLES = [dict(color=color, marker=marker) for color, marker in zip(
+    ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "os^DvPX")]
+
+
+def read_rows(run: Path) -> list[dict]:
+    """Rows of metrics.jsonl. FileNotFoundError, one line, if this is not a run."""
+    if not (run / "metrics.jsonl").is_file():
+        raise FileNotFoundError(f"{run} holds no metrics.jsonl, so it is not a run")
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def by_setting(folders) -> dict[str, list[tuple[Path, list[dict]]]]:
+    """{setting: [(folder, rows) of each seed]}, in the order of `folders`."""
+    settings = defaultdict(list)
+    for folder in map(Path, folders):
+        rows, cfg = read_rows(folder), json.loads((folder / "config.json").read_text())["settings"]
+        settings[cfg["name"].removesuffix(f"-s{cfg['seed']}")].append((folder, rows))
+    return settings
 
 
 def series(rows: list[dict], key: str) -> dict[int, float]:
     return {row["step"]: row[key] for row in rows if key in row}
-
-
-def band(axis, xs, ys, colour, **style):
-    """Mean of several seeds, and their range. xs, ys: one {step: value} per seed; drawn at the steps all of them have."""
-    steps = sorted(set.intersection(*(set(y) & set(x) for x, y in zip(xs, ys))))
-    if not steps:
-        return
-    x = np.mean([[x[s] for s in steps] for x in xs], axis=0)
-    y = np.array([[y[s] for s in steps] for y in ys])
-    axis.plot(x, y.mean(0), color=colour, **style)
-    if len(ys) > 1:
-        axis.fill_between(x, y.min(0), y.max(0), color=colour, alpha=0.15, linewidth=0)
-
-
-def smooth(values: dict[int, float], width: int = 5) -> dict[int, float]:
-    """Trailing mean over `width` steps."""
-    steps = sorted(values)
-    return {s: float(np.mean([values[t] for t in steps[max(0, i - width + 1) : i + 1]])) for i, s in enumerate(steps)}
-
-
-def curves(folders: list[Path], png: Path) -> None:
-    """Held-out score against steps, compute and time; training reward; rollouts; flat groups."""
-    settings = defaultdict(list)
-    for folder in folders:
-        label, rows = read_run(Path(folder))
-        settings[label].append(rows)
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    for (label, runs), colour in zip(settings.items(), COLOURS * 9):
-        score = next((k for row in runs[0] for k in row if k.startswith("eval/") and k.endswith("/avg_at_k")), None)
-        steps = [{row["step"]: row["step"] for row in rows} for rows in runs]
-        spent = [running(rows, {"compute/rollout_flops": 1, "compute/train_flops": 1}) for rows in runs]
-        clock = [running(rows, {"time/step": 1, "time/eval": -1}) for rows in runs]
-        for axis, xs in zip(axes[0], (steps, spent, clock)):
-            if score:
-                band(axis, xs, [series(rows, score) for rows in runs], colour, marker="o", markersize=4)
-        axes[0, 0].plot([], [], color=colour, label=label)
-        for axis, key, style in ((axes[1, 0], "reward/mean", "-"), (axes[1, 1], "rollout/drawn", "-"),
-                                 (axes[1, 1], "rollout/trained", "--"), (axes[1, 2], "group/all_wrong_frac", "-"),
-                                 (axes[1, 2], "group/all_right_frac", "--")):
-            band(axis, steps, [smooth(series(rows, key)) for rows in runs], colour, linestyle=style)
-    held_out = f"held-out avg@k, {score.split('/')[1]}" if score else ""
-    labels = (("steps", held_out), ("FLOPs, generation and training", ""), ("seconds without evaluation", ""),
-              ("steps", "reward of what was drawn"), ("steps", "rollouts per step (dashed: trained)"),
-              ("steps", "all wrong at first (dashed: right)"))
-    for axis, (x, y) in zip(axes.flat, labels):
-        axis.set(xlabel=x, ylabel=y)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[1, 1].set_ylim(bottom=0)
-    figure.legend(loc="outside upper center", ncols=len(settings), frameon=False)
-    figure.savefig(png, dpi=120)
-    plt.close(figure)
 
 
 def running(rows: list[dict], signs: dict[str, int]) -> dict[int, float]:
@@ -323,9 +347,126 @@ def running(rows: list[dict], signs: dict[str, int]) -> dict[int, float]:
     return dict(zip([row["step"] for row in rows], np.cumsum(values).tolist()))
 
 
-if __name__ == "__main__":
-    try:
-        curves([Path(a) for a in sys.argv[1:]], Path("curves.png"))
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    print("curves.png")
+FLOPS, SECONDS = {"compute/rollout_flops": 1, "compute/train_flops": 1}, {"time/step": 1, "time/eval": -1}
+
+
+def smooth(values: dict[int, float], width: int = 10) -> dict[int, float]:
+    """Trailing mean over `width` steps."""
+    steps = sorted(values)
+    return {s: float(np.mean([values[t] for t in steps[max(0, i - width + 1) : i + 1]])) for i, s in enumerate(steps)}
+
+
+def band(axis, xs, ys, style, **more):
+    """Mean of several seeds, and their range. xs, ys: one {step: value} per seed; drawn at the steps all of them have."""
+    steps = sorted(set.intersection(*(set(y) & set(x) for x, y in zip(xs, ys))))
+    if not steps:
+        return
+    x = np.mean([[x[s] for s in steps] for x in xs], axis=0)
+    y = np.array([[y[s] for s in steps] for y in ys])
+    axis.plot(x, y.mean(0), **style | dict(markevery=max(1, len(steps) // 8), markersize=5, linewidth=1.6) | more)
+    if len(ys) > 1:
+        axis.fill_between(x, y.min(0), y.max(0), color=style["color"], alpha=0.15, linewidth=0)
+
+
+def curves(folders, png: Path) -> None:
+    """Held-out score and reward against steps, compute and time; rollouts drawn and trained; flat groups."""
+    settings = {label: [rows for _, rows in seeds] for label, seeds in by_setting(folders).items()}
+    names = {key for runs in settings.values() for rows in runs for row in rows for key in row if key.endswith("/avg_at_k")}
+    score = min(names, default="eval/nothing/avg_at_k")
+    progress = (("steps", {}), ("FLOPs, generation and training", FLOPS), ("seconds, without evaluation", SECONDS))
+    last = (("rollout/drawn", "rollouts a step (dashed: trained on)"), ("group/all_wrong_frac", "all wrong in the first round"),
+            ("group/all_right_frac", "all right in the first round"))
+    figure, axes = plt.subplots(3, 3, figsize=(11, 9), layout="constrained")
+    for row in axes[:2]:
+        row[1].sharey(row[0])
+        row[2].sharey(row[0])
+    for (label, runs), style in zip(settings.items(), itertools.cycle(STYLES)):
+        axes[0, 0].plot([], [], label=label, **style)
+        for column, (_, keys) in enumerate(progress):
+            xs = [running(rows, keys) if keys else series(rows, "step") for rows in runs]
+            band(axes[0, column], xs, [series(rows, score) for rows in runs], style, markevery=1)
+            band(axes[1, column], xs, [smooth(series(rows, "reward/mean")) for rows in runs], style)
+        xs = [series(rows, "step") for rows in runs]
+        for column, (key, _) in enumerate(last):
+            band(axes[2, column], xs, [smooth(series(rows, key)) for rows in runs], style)
+        band(axes[2, 0], xs, [smooth(series(rows, "rollout/trained")) for rows in runs], style, linestyle="--")
+    for column, ((x, _), (_, y)) in enumerate(zip(progress, last)):
+        axes[0, column].set(xlabel=x)
+        axes[1, column].set(xlabel=x)
+        axes[2, column].set(xlabel="steps", ylabel=y, ylim=(0, None))
+    axes[0, 0].set(ylabel=f"held-out avg@k, {score.split('/')[1]}")
+    axes[1, 0].set(ylabel="reward of all that was drawn")
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=min(4, len(settings)), frameon=False, fontsize=12)
+    if any(len(runs) > 1 for runs in settings.values()):
+        figure.supxlabel("line: mean of the seeds, band: their range; below the first row: mean of ten steps", fontsize=9)
+    figure.savefig(png, dpi=140)
+    plt.close(figure)
+
+
+def difference(a, b) -> tuple[float, float]:
+    """
+    Mean of `a` minus that of `b`, one {prompt: share right} per seed, and its standard error, from two parts: over problems,
+    paired, since both sides were asked the same ones, and over the seeds of each side that has several. Both parts hold
+    some noise of sampling, so the error is rather too large than too small. ValueError for different prompts.
+    """
+    if len({frozenset(seed) for seed in (*a, *b)}) > 1:
+        raise ValueError("were not evaluated on the same prompts")
+    x, y = (np.array([[seed[prompt] for prompt in a[0]] for seed in side]) for side in (a, b))      # (seeds, problems)
+    gap = x.mean(0) - y.mean(0)
+    parts = [gap] * (len(gap) > 1) + [side.mean(1) for side in (x, y) if len(side) > 1]
+    return float(gap.mean()), math.sqrt(sum(part.var(ddof=1) / len(part) for part in parts))
+
+
+def last_evaluation(run: Path, rows: list[dict]) -> tuple[int, dict[str, list[dict]]]:
+    """(its step, {evaluation set: [{prompt: share of its responses that are right} before training, the same then]})"""
+    names = {row["step"]: [key.split("/")[1] for key in row if key.endswith("/avg_at_k")] for row in rows}
+    last = max((step for step in names if names[step]), default=0)
+    if last == 0:
+        raise ValueError(f"{run}: found no evaluation after a step, wanted one to compare")
+    found = {name: [] for name in sorted(names[last])}
+    for name, step in itertools.product(found, (0, last)):
+        scores = defaultdict(list)
+        for line in (run / "eval" / f"{name}-step{step}.jsonl").read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            scores[record["prompt"]].append(record["score"])
+        found[name].append({prompt: float(np.mean(values)) for prompt, values in scores.items()})
+    return last, found
+
+
+COSTS = {"drawn": {"rollout/drawn": 1}, "trained": {"rollout/trained": 1}, "flops": FLOPS, "seconds": SECONDS}
+
+
+def compare(folders, png: Path) -> tuple[str, dict]:
+    """
+    Draws `png` and returns (table, {setting: its numbers}): each setting at its last evaluation, in the mean of its seeds,
+    and against the first. Raises ValueError or FileNotFoundError, one line, for what is no run or cannot be compared.
+    """
+    lines = [["", "data", "seeds", "steps", "base", "trained", "gain", "+-", "against the first", "+-", "drawn", "trained on",
+              "FLOPs", "seconds"]]
+    results, first, reference = {}, None, None
+    for label, seeds in by_setting(folders).items():
+        steps, rates = zip(*(last_evaluation(*seed) for seed in seeds))
+        first, reference = first or label, reference or rates
+        r = results[label] = {"seeds": len(seeds), "steps": max(steps), "eval": {}}
+        for key, parts in COSTS.items():
+            r[key] = float(np.mean([running(rows, parts)[at] for (_, rows), at in zip(seeds, steps)]))
+        cost = [f"{r['drawn']:,.0f}", f"{r['trained']:,.0f}"] + [
+            f"{r[key]:.3g}" + f" ({r[key] / results[first][key] - 1:+.0%})" * (label != first) for key in ("flops", "seconds")]
+        for name in reference[0]:
+            try:
+                base, trained = zip(*(seed[name] for seed in rates))
+                gain, gap = difference(trained, base), difference(trained, [seed[name][1] for seed in reference])
+            except (KeyError, ValueError) as error:
+                raise ValueError(f"{first} and {label} were not evaluated on the same prompts of {name}") from error
+            by_seed = [float(np.mean([*seed.values()])) for seed in trained]
+            score = float(np.mean(by_seed))
+            r["eval"][name] = {"trained": score, "by_seed": by_seed, "gain": gain, "against_first": gap}
+            versus = ["", ""] if label == first else [f"{gap[0]:+.3f}", f"{gap[1]:.3f}"]
+            lines.append([label, name, str(r["seeds"]), str(r["steps"]), f"{score - gain[0]:.3f}", f"{score:.3f}",
+                          f"{gain[0]:+.3f}", f"{gain[1]:.3f}", *versus, *cost])
+    png.parent.mkdir(parents=True, exist_ok=True)
+    curves(folders, png)
+    return f"{columns(lines)}\ncurves: {png}", results

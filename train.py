@@ -6,16 +6,16 @@ Reinforcement learning with verifiable rewards, by AERO (arXiv 2602.14338) or on
     torchrun --nproc_per_node 8 train.py --model Qwen/Qwen2.5-Math-1.5B          MATH, 8 GPUs
     python train.py settings.json                      every flag from a JSON file; `--help` explains them
 
-One step:  data.batch -> Sampler -> Grader -> aero.choose -> packed micro-batches, FSDP2 -> Sampler.load
+One step:  data.nth -> Sampler -> Grader -> aero.choose -> packed micro-batches, FSDP2 -> Sampler.load
 Two problems never wait for each other: a problem's next round is requested as soon as its own rollouts are graded, while
 the sampler decodes those of the others. A decision is only taken on complete rounds; on half a round, the shorter half
 would decide.
 
 A run writes out/NAME/ and nothing else (the embedded base model is cached beside it): config.json, metrics.jsonl (one
-object per step), rollouts.jsonl (samples), eval/, tb/, checkpoints/step_N/, model/ (Hugging Face folder), curves.png. The
-same command again continues from the last checkpoint. Nothing that decides the result depends on the number of ranks, on
-micro-batches or on who finished first: random streams hang on (seed, step, problem, rollout, position), denominators are
-counted once over all ranks.
+object per step), rollouts.jsonl (samples), eval/ (every response), tb/, checkpoints/step_N/, model/ (a Hugging Face folder),
+best/ (another, of the best evaluation after step 0), curves.png. The same command again continues from the last checkpoint.
+Nothing that decides the result depends on the number of ranks, on micro-batches or on who finished first: random streams
+hang on (seed, step, problem, rollout, position), denominators are counted once over all ranks.
 
 Deviations from the paper, whose appendix was not public when this was written:
  1. n_explore 8, n_extra 2, n_total 16, n_same 4, Beta(1, 1) are our reading of its description.
@@ -65,6 +65,7 @@ class Config(aero.Settings):
     model: str = knob("", "model folder or hub name; empty: the embedded base model, trained at first start")
     data: str = knob("arithmetic:train:8000:1-7", "problems to train on: a file, a hub name, the built-in task (see data.py)")
     eval_data: str = knob("arithmetic:heldout:196:1-7", "comma-separated problems to evaluate on; empty: none")
+    limit: int = knob(0, "problems to train on, the first so many, 0: all")
     template: str = knob("none", "prompt template: qwen_math, r1, none, chat, or a file or text with {question}")
     # sampling
     problems: int = knob(32, "problems per step, over all ranks")
@@ -109,7 +110,7 @@ class Config(aero.Settings):
         for name in ("lr", "temperature", "grad_clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: wanted a number above 0")
-        for name in ("warmup", "weight_decay", "eval_limit", "seed", "is_cap", "kv_gib"):
+        for name in ("warmup", "weight_decay", "limit", "eval_limit", "seed", "is_cap", "kv_gib"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: wanted 0 or more")
         if self.shard not in ("node", "world"):
@@ -258,7 +259,7 @@ def collect(cursor, problems, cfg, rank, world, draw_all, stop) -> tuple[list[Gr
     `place` of the step is drawn by rank place % world. Returns (groups, new cursor, seconds waited for graders).
     """
     def take(places):
-        found = [(place, data.batch(len(problems), cfg.seed, cursor + place, 1)[0]) for place in places]
+        found = [(place, data.nth(len(problems), cfg.seed, cursor + place)) for place in places]
         return [Group(place, problems[i]) for place, i in found if place % world == rank]
 
     def run(asked):     # [(group, further rollouts)]
@@ -382,15 +383,17 @@ def write_json(path: Path, value: dict) -> None:
     partial.rename(path)
 
 
-def export(run: Path, model, model_cfg, tokenizer, rank: int) -> None:
-    """The Hugging Face folder of the run, in the dtype of the model it began with."""
+def export(folder: Path, model, model_cfg, tokenizer, card: str, rank: int) -> None:
+    """A Hugging Face folder of the policy, in the dtype of the model that the run began with."""
     weights = {name: w.cpu() if rank == 0 else None for name, w in full_weights(model)}
     if rank == 0:
-        shutil.rmtree(run / "model.partial", ignore_errors=True)
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
         kind = model_cfg.raw.get("dtype") or model_cfg.raw.get("torch_dtype") or "float32"
-        save_folder(run / "model.partial", model_cfg, weights, tokenizer, getattr(torch, kind))
-        shutil.rmtree(run / "model", ignore_errors=True)
-        (run / "model.partial").rename(run / "model")
+        save_folder(partial, model_cfg, weights, tokenizer, getattr(torch, kind))
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -433,7 +436,7 @@ def prepare(cfg: Config):
     if room < 1:
         raise ValueError(f"--max_new {cfg.max_new} leaves no room for a prompt in the model's context of "
                          f"{model_cfg.max_position_embeddings} tokens")
-    problems = data.load(cfg.data, tokenizer, cfg.template, max_prompt=room)
+    problems = data.load(cfg.data, tokenizer, cfg.template, cfg.limit, max_prompt=room)
     held_out = {}
     for spec in filter(None, cfg.eval_data.split(",")):
         some = data.load(spec, tokenizer, cfg.template, cfg.eval_limit, max_prompt=room)
@@ -443,8 +446,9 @@ def prepare(cfg: Config):
     return model_cfg, tokenizer, problems, held_out
 
 
-def evaluate(folder: Path, step: int, held_out, cfg, sampler, grader, tokenizer, rank, world) -> dict[str, dict]:
-    """{name: summary} of the policy after `step` steps; a set whose summary is on disk already is not drawn again."""
+def evaluate(folder: Path, step: int, held_out, cfg, sampler, grader, tokenizer, rank, world, stop) -> dict[str, dict] | None:
+    """{name: summary} of the policy after `step` steps; a set whose summary is on disk already is not drawn again. None after
+    a stop signal."""
     scores = {}
     for name, some in held_out.items():
         path = folder / f"{name}-step{step}.json"
@@ -454,8 +458,11 @@ def evaluate(folder: Path, step: int, held_out, cfg, sampler, grader, tokenizer,
             continue
         # a seed that no training step has, and the same one every time: differences are the policy's
         summary, mine = eval.evaluate(sampler, grader, tokenizer, some, cfg.eval_k, cfg.max_new, Sampling(cfg.temperature),
-                                      -1 - cfg.seed, rank, world)
-        scores[name] = summary | {"template": cfg.template, "step": step}
+                                      -1 - cfg.seed, rank, world, f"{name}, step {step}" if rank == 0 else "", stop)
+        if summary is None:
+            return None
+        source = {"rows": some.report.rows, "revision": some.report.revision}
+        scores[name] = summary | {"template": cfg.template, "step": step} | source
         responses = sorted(itertools.chain(*gather(mine)), key=lambda r: (r["problem"], r["sample"]))
         if rank == 0:
             eval.save(folder, path.stem, responses, scores[name])
@@ -499,29 +506,45 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
     sampler = Sampler(model_cfg, cfg.slots, context, stop_ids, device, dtype, kv_bytes / 2**30)
 
     # progress is all that a checkpoint needs beside weights and optimizer: random streams are functions of the step
-    progress, found = dict(step=0, cursor=0, totals={}, skipped=0, in_a_row=0), checkpoints(run)
+    progress, found = dict(step=0, cursor=0, totals={}, skipped=0, in_a_row=0, best=None, row=None), checkpoints(run)
     if found:
         progress = load_checkpoint(found[-1], model, optimizer)
     step = progress["step"]     # optimizer batches done
-    stop, log = Stop(), report.Log(run, step, cfg, rank)
+    stop, log = Stop(), report.Log(run, step, cfg, rank, pending=bool(progress["row"]))
     if rank == 0:
         write_json(run / "config.json", dict(settings=asdict(cfg), versions=versions(), world_size=world))
     log.say(report.header(cfg, run, model_cfg, parameters, problems, held_out, world, device, sampler, planned))
     if found:
         log.say(f"resumed from {found[-1]}: step {step} of {cfg.steps}" + ", complete" * (step == cfg.steps))
 
-    def score(step) -> dict[str, dict]:
-        return evaluate(run / "eval", step, held_out, cfg, sampler, grader, tokenizer, rank, world)
+    def score(step) -> dict[str, dict] | None:
+        return evaluate(run / "eval", step, held_out, cfg, sampler, grader, tokenizer, rank, world, stop)
+
+    def keep_model(name):
+        card = report.model_card(run, step, progress["totals"], cfg, problems, versions()) if rank == 0 else ""
+        export(run / name, model, model_cfg, tokenizer, card, rank)
+
+    def close_step(metrics, evaluated):
+        """The row of a step that is done; the policy is kept if its held-out score is the best so far."""
+        log.step(step, metrics | (eval_metrics(scores) if evaluated else {}), scores)
+        if evaluated and scores:
+            held_out = float(np.mean([s["avg_at_k"] for s in scores.values()]))
+            if progress["best"] is None or held_out > progress["best"]["score"]:
+                progress["best"] = dict(step=step, score=held_out)
+                keep_model("best")
 
     def draw_all(requests, groups):
         return draw(requests, groups, cfg, sampler, grader, tokenizer, stop)
 
     sampler.load(full_weights(model, dtype))
     scores = score(step)
-    if step == 0:
+    if scores is not None and step == 0:
         log.metrics(0, eval_metrics(scores))
+    elif scores is not None and progress["row"]:
+        close_step(progress["row"], evaluated=True)
+        progress["row"] = None
     clock = Clock(device)
-    while step < cfg.steps:
+    while step < cfg.steps and scores is not None:
         # Sample and grade. The policy does not move until the update, so a signal in here costs only this step's rollouts.
         sampler.begin(cfg.seed * 2**32 + step, Sampling(cfg.temperature))
         groups, cursor, waited = collect(progress["cursor"], problems, cfg, rank, world, draw_all, stop)
@@ -556,26 +579,30 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
 
         step += 1
         progress |= dict(step=step, cursor=cursor)
-        if step % cfg.eval_every == 0 or step == cfg.steps:
+        evaluated = step % cfg.eval_every == 0 or step == cfg.steps
+        if evaluated:
             scores = score(step)
-            metrics |= eval_metrics(scores)
         clock.phase("eval")
         metrics |= clock.read()
-        log.step(step, metrics | report.speeds(metrics, cfg, device, world), scores)
+        metrics |= report.speeds(metrics, cfg, device, world)
+        if scores is None:      # a signal during the evaluation: the row waits in the checkpoint for its scores
+            progress["row"] = metrics
+            break
         clock = Clock(device)   # The row is on disk before the checkpoint is, or a kill between them would lose it: the
-        if step % cfg.save_every == 0 or step == cfg.steps:     # time of a save belongs to the next row.
+        close_step(metrics, evaluated)                          # time of saving belongs to the next row.
+        if step % cfg.save_every == 0 or step == cfg.steps:
             save_checkpoint(run, progress, model, optimizer, rank)
         clock.phase("save")
     log.close()
 
-    if step < cfg.steps:
+    if step < cfg.steps or scores is None:
         save_checkpoint(run, progress, model, optimizer, rank)
         log.say(f"stopped by a signal at step {step} of {cfg.steps}; the same command goes on from there")
     else:
-        export(run, model, model_cfg, tokenizer, rank)
+        keep_model("model")
         if rank == 0:
-            log.say(report.close_run(run, cfg))
-            log.say(f"written: {run}/model, curves.png, metrics.jsonl, rollouts.jsonl, eval/, tb/")
+            log.say(report.close_run(run, progress["totals"], progress["best"], cfg))
+            log.say(f"written: {run}/model, best, curves.png, metrics.jsonl, rollouts.jsonl, eval, tb")
 
 
 def main(argv=None) -> int:

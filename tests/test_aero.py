@@ -751,7 +751,7 @@ def one_by_one(cfg):
     """The rounds of each place by the plainest loop: one problem after the other, and for the pool, round after round."""
     algo, found = aero.ALGORITHMS[cfg.algo], {}
     for place in range(cfg.problems):
-        problem = data.batch(COUNT, cfg.seed, 5 + place, 1)[0]
+        problem = data.nth(COUNT, cfg.seed, 5 + place)
 
         def rewards_of(n, place=place, problem=problem):
             all_of = (outcome(problem, place, i, cfg.max_new) for i in range(n))

@@ -360,7 +360,7 @@ def test_bad_files(kind, tokenizer, write):
 
 def test_bad_specs(tokenizer, tmp_path):
     for spec in ("absent.jsonl", "a/b/c", "gsm8kk", str(tmp_path / "absent.parquet")):
-        with pytest.raises(FileNotFoundError, match=r"no such file or folder, not OWNER/NAME .* none of: arithmetic math500"):
+        with pytest.raises(FileNotFoundError, match=r"no such file or folder, no OWNER/NAME .* none of: arithmetic math500"):
             data.load(spec, tokenizer, "none")
     (tmp_path / "x.csv").write_text("a,b")
     with pytest.raises(ValueError, match=r"found the suffix '.csv', wanted .jsonl, .json, .parquet"):
@@ -453,8 +453,6 @@ def test_parquet_and_folders(tokenizer, tmp_path):
 # What the files themselves do not give. Two rows of gaokao2023en end their problem with the answer and have none beside
 # it; the gold answer of one of olympiadbench is prose ("f(x)=ax+b, where b is an arbitrary integer, and a is ...").
 UNUSABLE = {"gaokao2023en": {168, 193}, "olympiadbench": {74}}
-# This solution says "the final answer is 15 gallons * 8 pints / gallon" in its last line of work, before its "#### 120".
-MISREAD = {"gsm8k_train": {7158}}
 
 
 @needs_real
@@ -472,12 +470,9 @@ def test_real_files(path, tokenizer):
 @pytest.mark.parametrize("name", ["gsm8k_test", "gsm8k_train", "minerva_full"])
 def test_worked_solutions_are_right(name):
     """A solution that ends in #### or in a box is a response: graded against the gold that was read from it, it is right."""
-    wrong = set()
     for number, row in enumerate(data.json_rows(REAL / f"{name}.jsonl"), 1):
         _, gold, _ = data.parse_row(row)
-        if reward.score(row.get("solution") or row["answer"], gold) != 1.0:
-            wrong.add(number)
-    assert wrong <= MISREAD.get(name, set())
+        assert reward.score(row.get("solution") or row["answer"], gold) == 1.0, number
 
 
 # -------------------------------------------------------------------------------------------------------------- order
@@ -489,16 +484,7 @@ def test_order_is_a_permutation_of_seed_and_epoch():
     assert data.order(100, 0, 0) == data.order(100, 0, 0) != data.order(100, 0, 1) != data.order(100, 1, 0)
 
 
-def test_batches_walk_through_the_epochs():
-    for count, size in ((10, 5), (11, 4), (7, 7), (5, 2), (3, 1)):
-        per_epoch = count // size
-        for epoch in range(3):
-            steps = [data.batch(count, 3, epoch * per_epoch + at, size) for at in range(per_epoch)]
-            seen = [i for step in steps for i in step]
-            assert seen == list(data.order(count, 3, epoch))[: per_epoch * size]
-            assert len(set(seen)) == len(seen)
-    sits_out = {set(range(5)).difference(*(data.batch(5, 0, 2 * e + at, 2) for at in (0, 1))).pop() for e in range(40)}
-    assert sits_out == set(range(5))
-    for size in (0, 4):
-        with pytest.raises(ValueError, match=f"found {size}, wanted 1 to 3"):
-            data.batch(3, 0, 0, size)
+def test_the_walk_meets_every_problem_once_an_epoch():
+    for count in (1, 2, 7, 100):
+        walk = [data.nth(count, 3, cursor) for cursor in range(3 * count)]
+        assert walk == [i for epoch in range(3) for i in data.order(count, 3, epoch)]

@@ -273,6 +273,8 @@ def test_bad_input_is_one_line_before_any_work(capsys, folder, tmp_path, monkeyp
         (["--limit", "-1"], "--limit: found -1, wanted 0 or more"),
         (["--temperature", "0"], "--temperature 0 is greedy, and --k 8 responses would be equal: wanted --k 1"),
         (["--temperature", "-1"], "wanted temperature >= 0"),
+        (["--temperature", "nan"], "--temperature: found nan, wanted a finite number"),
+        (["--data", ""], "empty name: no such file or folder"),
         (["--top_p", "0"], "0 < top_p <= 1"),
         (["--max_new", "128"], "--max_new 128 leaves no room for a prompt in the model's context of 128 tokens"),
         (["--max_new", "126"], "left out: prompt longer than 2 tokens"),

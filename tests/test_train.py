@@ -26,7 +26,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import aero
 import base
@@ -775,21 +776,50 @@ def test_metrics(reference):
 @pytest.mark.slow
 def test_what_a_run_leaves_behind(reference):
     found = {p.name for p in reference.folder.iterdir()}
-    assert found == {"config.json", "metrics.jsonl", "rollouts.jsonl", "eval", "tb", "checkpoints", "model", "curves.png"}
+    assert found == {"config.json", "metrics.jsonl", "rollouts.jsonl", "eval", "tb", "checkpoints", "model", "best",
+                     "curves.png"}
     assert reference.checkpoints == ["step_2", "step_4"]
     kept = json.loads((reference.folder / "config.json").read_text())
     assert kept["settings"]["n_total"] == 8 and kept["versions"]["torch"] == torch.__version__ and kept["world_size"] == 1
     samples = [json.loads(line) for line in (reference.folder / "rollouts.jsonl").read_text().splitlines()]
-    assert any(s["kept"] for s in samples)
-    order = [data.batch(40, 0, place, 1)[0] for place in range(4 * 6)]  # six problems a step, each step goes on in the order
+    wanted = {"problem", "prompt", "response", "gold", "extracted", "verdict", "reason", "advantage", "kept", "round"}
+    assert all(wanted <= s.keys() and s["kept"] == (s["advantage"] is not None) for s in samples)
+    assert {s["verdict"] for s in samples} == {"right", "wrong"} and {s["kept"] for s in samples} == {True, False}
+    order = [data.nth(40, 0, place) for place in range(4 * 6)]  # six problems a step, each step goes on in the order
     assert {s["step"]: s["problem"] for s in samples} == {step: order[6 * (step - 1) + step % 6] for step in range(1, 5)}
     assert "Traceback" not in reference.text and "step 4/4 | reward" in reference.text and "avg@2" in reference.text
+    assert "\x1b" not in reference.text and "\r" not in reference.text  # neither colours nor redrawn lines in a file
+
+
+@pytest.mark.slow
+def test_the_best_model_is_kept(reference):
+    """That of the highest score after step 0, the first of equals, with its own scores on its card."""
+    scores = {row["step"]: row["eval/held/avg_at_k"] for row in reference.rows if "eval/held/avg_at_k" in row and row["step"]}
+    best = max(scores, key=scores.get)
+    card = (reference.folder / "best" / "README.md").read_text()
+    assert f"# reference, step {best}\n" in card and f"  {scores[best]:.3f}  " in card and '"lr": 0.001' in card
+    assert f"best: step {best} with avg@2 {scores[best]:.3f}" in reference.text
+    last, kept = (load_file(reference.folder / name / "model.safetensors") for name in ("model", "best"))
+    assert torch.equal(last["model.norm.weight"], kept["model.norm.weight"]) == (best == 4)
+
+
+@pytest.mark.slow
+def test_the_board(reference):
+    """Every metric, histograms, samples, and a layout of groups in the order of report.GROUPS."""
+    board = EventAccumulator(str(reference.folder / "tb"), size_guidance=dict(tensors=0)).Reload()
+    tags = {tag for kind in ("scalars", "histograms", "tensors") for tag in board.Tags()[kind]}
+    assert set(METRICS.split()) | {"eval/held/avg_at_k", "group/success", "response_length/all"} <= tags
+    assert {"rollout/text_summary", "custom_scalars__config__"} <= tags
+    assert list(reference.rows[4])[1:3] == ["reward/mean", "reward/std"]
+    groups = [name.partition("/")[0] for name in reference.rows[4]][1:]
+    assert list(dict.fromkeys(groups)) == list(report.GROUPS)
 
 
 @pytest.mark.slow
 def test_transformers_loads_the_model(reference, student):
     """With equal logits and its tokenizer, and it is not the model that the run began with."""
     folder = reference.folder / "model"
+    GenerationConfig.from_pretrained(folder)
     theirs, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), Model(ModelConfig.from_folder(folder))
     load_weights(ours, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -880,19 +910,36 @@ def test_killed_anywhere(reference, out, flags, hook, request):
     same_run(finished(folder, flags), reference)
 
 
+def terminated_while_evaluating(call, rank=None):
+    """TERM at the third token of the call-th evaluation (from 1: before step 0, after step 2, after step 4)."""
+    evaluate, count = train.eval.evaluate, iter(range(1, 1000))
+
+    def wrapped(*args):
+        if next(count) == call:
+            accident("Sampler.step", 3, signal.SIGTERM, rank)
+        return evaluate(*args)
+
+    train.eval.evaluate = wrapped
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("hook, at", [
+    (functools.partial(terminated_while_evaluating, 1), 0),
+    (functools.partial(terminated_while_evaluating, 2), 2),
+    (functools.partial(terminated_while_evaluating, 3), 4),
     (functools.partial(terminated_while_drawing, 3), 2),
     (terminated("update", 2), 2),
     (terminated("update", 4), 4),
-], ids=["drawing step 3", "updating step 2", "updating the last step"])  # fmt: skip
+], ids=["evaluating the base", "evaluating step 2", "evaluating the last step", "drawing step 3", "updating step 2",
+        "updating the last step"])  # fmt: skip
 def test_terminated_and_resumed(reference, out, flags, hook, at, request):
-    """The steps that were done are saved under their own number, also those of a run that had ended anyway: the last
-    checkpoint was written once more, as that of the step before."""
+    """The steps that were done are saved under their own number, the last one too; an evaluation that was cut short is done
+    again by the same command, which then writes the row of its step."""
     folder, more = out / request.node.callspec.id.replace(" ", "-"), [*flags, "--save_every", 9]
     run = finished(folder, more, hook=hook)
     assert run.checkpoints == [f"step_{at}"]
-    assert (f"stopped by a signal at step {at} of 4; the same command goes on from there" in run.text) == (at < 4)
+    assert f"stopped by a signal at step {at} of 4; the same command goes on from there" in run.text
+    assert not (run.folder / "model").exists()
     same_run(finished(folder, more), reference)
 
 
@@ -927,6 +974,17 @@ def test_a_signal_to_one_rank_stops_both(out, flags):
     run = Run(out / "one-signal", flags, ranks=2, hook=functools.partial(terminated_while_drawing, 2, rank=1))
     assert run.wait(30) == 0, run.text
     assert "stopped by a signal at step 1 of 4" in run.text and run.checkpoints == ["step_1"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_in_an_evaluation_stops_both(out, flags, reference):
+    """The other rank has all its records and no signal; the score is drawn again, and its row written once."""
+    run = Run(out / "one-evaluating", flags, ranks=2, hook=functools.partial(terminated_while_evaluating, 2, rank=1))
+    assert run.wait(30) == 0, run.text
+    assert "stopped by a signal at step 2 of 4" in run.text and run.checkpoints == ["step_2"]
+    assert [row["step"] for row in run.rows] == [0, 1]
+    again = finished(run.folder, flags, ranks=2)
+    same_numbers(again.rows, reference.rows, 1e-4)
 
 
 @pytest.mark.slow
