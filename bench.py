@@ -3,13 +3,17 @@ How fast, against which ceiling: random weights of a real shape, every rollout r
 
     python bench.py sampler --shape qwen2.5-math-1.5b --prompts 32 --n 16 --prompt_len 128 --new 512
     python bench.py learner --shape qwen2.5-math-1.5b --prompts 32 --n 8 --prompt_len 128 --new 512
-    python bench.py step    --shape qwen2.5-math-1.5b --algo aero --prompts 16 --prompt_len 128 --new 512
+    python bench.py step    --shape qwen2.5-math-1.5b --algo grpo,grpo_skip,aero --prompts 16 --prompt_len 128 --new 512
     torchrun --nproc_per_node 2 bench.py step ...
     python bench.py plan                                memory and traffic per GPU for three sizes on 1 to 512 GPUs
 
-`step` is a whole training step (draw, choose, update, sync) with simulated verdicts: a third of the problems is never right,
-the success rates of the others are uniform. The last line is one JSON object with the figure, the ceiling that follows from
-the copy bandwidth and the bf16 matrix rate measured in the same process, their ratio, and peak memory.
+`step` is a whole training step (draw, choose, update, sync) with simulated outcomes. Verdicts: a third of the problems is never
+right, the success rates of the others are uniform on (0, 1), rollouts are independent. Lengths: --new tokens, or with --ragged
+log-normal (sigma 0.8) with mean --new / 5, cut at --new. Several algorithms, each with its published settings, meet the same
+problems, verdicts and lengths in one process; a row each, times against the first.
+
+The last line is one JSON object with the figure, the ceiling that follows from the copy bandwidth and the bf16 matrix rate
+measured in the same process, their ratio, and peak memory.
 """
 
 import json
@@ -139,24 +143,29 @@ KINDS = dict(
 
 def breakdown(action, head, device, times: int = 1) -> dict:
     """
-    Milliseconds of the GPU by kind of kernel, for each of `times` things that action does: `other` with the five longest of
-    it, so that a new name is seen, `gaps` in which nothing ran, and `head`, of which the parts are in the others.
+    Milliseconds of the GPU by kind of kernel, for each of `times` things that action does: `gaps` in which nothing ran, `head`,
+    of which the parts are in the others, and `longest`, kernels of the kinds `elementwise` and `other`, where surprises are.
     """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         action()
         torch.cuda.synchronize()
-    spent, unknown, idle, until = dict.fromkeys([*KINDS, "other"], 0.0), Counter(), 0.0, None
+    spent, longest, idle, until = dict.fromkeys([*KINDS, "other"], 0.0), Counter(), 0.0, None
     for event in sorted(profiler.events(), key=lambda e: e.time_range.start):
         if event.device_type != torch.autograd.DeviceType.CUDA:
             continue
         start, end, name = event.time_range.start, event.time_range.end, event.name.lower()
         kind = next((k for k, words in KINDS.items() if any(w in name for w in words)), "other")
         spent[kind] += end - start
-        unknown[name[:60]] += (end - start) * (kind == "other")
+        if kind in ("elementwise", "other"):
+            longest[name[:90]] += end - start
         idle += max(0.0, start - until) if until else 0.0
         until = max(until or end, end)
-    spent |= {"gaps": idle, "head": times * 1e6 * median_of(head, device, 3)} | dict(unknown.most_common(5))
-    return {name: round(us / 1e3 / times, 3) for name, us in spent.items() if us}
+    spent |= {"gaps": idle, "head": times * 1e6 * median_of(head, device, 3)}
+
+    def milliseconds(parts):
+        return {name: round(us / 1e3 / times, 3) for name, us in parts if us}
+
+    return milliseconds(spent.items()) | {"longest": milliseconds(longest.most_common(10))}
 
 
 @torch.no_grad()
@@ -261,9 +270,10 @@ def bench_learner(cfg, model_cfg, device, bandwidth, rate) -> dict:
             hidden_RD, weight_VD = (torch.randn(s, device=device, dtype=torch.bfloat16, requires_grad=True)
                                     for s in (size, (model_cfg.vocab_size, model_cfg.hidden_size)))
             targets_R = torch.zeros(len(hidden_RD), dtype=torch.long, device=device)
+            known_R = torch.ones(len(hidden_RD), device=device) if cfg.updates_per_batch == 1 else None
 
             def head():
-                token_logprobs(hidden_RD, weight_VD, targets_R, 1.0)[0].sum().backward()
+                token_logprobs(hidden_RD, weight_VD, targets_R, 1.0, known_R)[0].sum().backward()
 
             more["ms"] = breakdown(action, head, device)
     return dict(figure="tokens_per_s", measured=tokens / seconds, ceiling=rate * world / (flops / tokens), seconds=seconds,
@@ -274,7 +284,7 @@ def bench_learner(cfg, model_cfg, device, bandwidth, rate) -> dict:
 
 def plan_table(total=139.8 * 2**30, tokens=65536, kv=20 * 2**30, context=4096) -> str:
     """The README's: of an H200, 64k tokens per GPU and update, 20 GiB of KV cache; the first settings that fit."""
-    rows = ["| shape | GPUs | settings | GiB per GPU | learner's state | activations, logits | sampler | GB sent per step |",
+    rows = ["| shape | GPUs | settings | GiB per GPU | learner's state | activations | sampler | GB sent per step |",
             "|---|---|---|---|---|---|---|---|"]
     for shape in ("qwen2.5-math-1.5b", "qwen2.5-7b", "qwen2.5-32b"):
         model_cfg = ModelConfig.from_dict(SHAPES[shape])
@@ -287,7 +297,7 @@ def plan_table(total=139.8 * 2**30, tokens=65536, kv=20 * 2**30, context=4096) -
             m = {name: size / 2**30 for name, size in found.memory.items()}
             state = m["weights and optimizer"] + m["gradients"] + m["gathered weights"]
             rows.append(f"| {shape} | {gpus} | {learner.flags(changes)} | {sum(m.values()):.0f} | {state:.0f} | "
-                        f"{m['activations'] + m['logits']:.0f} | {m['sampler']:.0f} | "
+                        f"{m['activations'] + m['working set']:.0f} | {m['sampler']:.0f} | "
                         f"{sum(found.traffic.values()) / 1e9:.0f} |")
     return "\n".join(rows)
 
@@ -326,21 +336,22 @@ class NeverStop:
     asked = False
 
 
-def bench_step(cfg, model_cfg, device, bandwidth, rate) -> dict:
+def bench_step(cfgs, model_cfg, device, bandwidth, rate) -> dict:
     rank, world = dist.get_rank(), dist.get_world_size()
-    cfg.problems, cfg.max_new, cfg.n = cfg.prompts, cfg.new, cfg.n_total
-    sampler = random_sampler(cfg, model_cfg, device)
-    model, optimizer = random_learner(cfg, model_cfg, device)
-    prompts = random_prompts(cfg, model_cfg, cfg.prompts)
+    cfgs = [replace(cfg, problems=cfg.prompts, max_new=cfg.new, n=cfg.n_total) for cfg in cfgs]
+    sampler = random_sampler(max(cfgs, key=lambda cfg: cfg.n), model_cfg, device)
+    model, optimizer = random_learner(cfgs[0], model_cfg, device)
+    prompts = random_prompts(cfgs[0], model_cfg, cfgs[0].prompts)
     problems = [Problem(i, prompt, "0", "", "") for i, prompt in enumerate(prompts)]
-    times, totals = [], {}
-    for step in range(cfg.repeats + 1):
+
+    def one(cfg, step, totals) -> dict:
+        """Seconds by phase and what was drawn; `step` decides verdicts and lengths."""
         clock, grader = train.Clock(device), SimulatedGrader(step, 64 * cfg.prompts)
         sampler.load(train.full_weights(model, next(sampler.model.parameters()).dtype))
         clock.phase("sync")
         sampler.begin(step, Sampling(cfg.temperature))
 
-        def draw_all(requests, groups, grader=grader):
+        def draw_all(requests, groups):
             return train.draw(requests, groups, cfg, sampler, grader, NoTokenizer(), NeverStop())
 
         groups, _, _ = train.collect(0, problems, cfg, rank, world, draw_all, NeverStop())
@@ -352,12 +363,39 @@ def bench_step(cfg, model_cfg, device, bandwidth, rate) -> dict:
         clock.phase("other")
         metrics |= train.update(model, optimizer, batch, cfg.lr, cfg, rank, world, device) if batch else {}
         clock.phase("update")
-        times.append(clock.read() | {k: metrics[k] for k in ("rollout/drawn", "rollout/kept", "compute/rollout_flops",
-                                                             "compute/train_flops", "mismatch/kl", "mismatch/max_abs")})
-    last = {key: float(np.median([t[key] for t in times[1:]])) for key in times[0] if key != "time/eval"}
-    floor = (last["compute/rollout_flops"] + last["compute/train_flops"]) / rate / world
-    last["saved_frac"] = metrics["compute/saved_frac"]
-    return dict(figure="steps_per_s", measured=1 / last["time/step"], ceiling=1 / floor) | last
+        wanted = ("rollout/drawn", "rollout/kept", "rollout/tokens", "rollout/trained_tokens", "compute/rollout_flops",
+                  "compute/train_flops", "compute/saved_frac", "mismatch/kl", "mismatch/max_abs")
+        return clock.read() | {key: metrics[key] for key in wanted if key in metrics}
+
+    one(cfgs[0], 0, {})     # kernels are compiled, graphs captured
+    rows = {}
+    for cfg in cfgs:
+        totals = {}
+        steps = [one(cfg, step, totals) for step in range(1, cfg.repeats + 1)]
+        row = {key: float(np.median([s.get(key, 0.0) for s in steps])) for key in steps[-1]}
+        row |= {"compute/saved_frac": steps[-1]["compute/saved_frac"]}      # of all steps
+        row |= {"time/ratio": row["time/step"] / next(iter(rows.values()), row)["time/step"]}
+        rows[cfg.algo] = row = {key: float(f"{x:.5g}") for key, x in row.items() if x or "time" not in key}
+        if rank == 0:
+            print(f"{cfg.algo:13s}" + ", ".join(f"{key.partition('/')[2]} {x:g}" for key, x in row.items()), flush=True)
+    first = rows[cfgs[0].algo]
+    floor = (first["compute/rollout_flops"] + first["compute/train_flops"]) / rate / world
+    return dict(figure="steps_per_s", measured=1 / first["time/step"], ceiling=1 / floor, steps=rows)
+
+
+def parse(argv) -> list[Bench]:
+    """One configuration for each name in --algo, with its algorithm's published settings."""
+    first, _ = HfArgumentParser(Bench, allow_abbrev=False).parse_known_args(argv)
+    if first.shape not in SHAPES:
+        raise ValueError(f"--shape {first.shape}: wanted one of {' '.join(SHAPES)}")
+    cfgs = []
+    for algo in first.algo.split(","):
+        aero.need_known(algo)
+        parser = HfArgumentParser(Bench, allow_abbrev=False)
+        parser.set_defaults(**aero.ALGORITHMS[algo].defaults)
+        cfgs += parser.parse_args_into_dataclasses([*argv, f"--algo={algo}"])     # of two the last one counts
+        cfgs[-1].check()
+    return cfgs
 
 
 def main() -> int:
@@ -368,22 +406,17 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in modes:
         print(f"error: found {' '.join(sys.argv[1:2]) or 'nothing'}, wanted one of {' '.join(modes)} plan", file=sys.stderr)
         return 2
-    parser = HfArgumentParser(Bench, allow_abbrev=False)
-    first, _ = parser.parse_known_args(sys.argv[2:])
     try:
-        if first.shape not in SHAPES:
-            raise ValueError(f"--shape {first.shape}: wanted one of {' '.join(SHAPES)}")
-        aero.need_known(first.algo)
-        parser.set_defaults(**aero.ALGORITHMS[first.algo].defaults)
-        (cfg,) = parser.parse_args_into_dataclasses(sys.argv[2:])
-        cfg.check()
+        cfgs = parse(sys.argv[2:])
+        if len(cfgs) > 1 and sys.argv[1] != "step":
+            raise ValueError(f"--algo: {sys.argv[1]} takes one algorithm, found {len(cfgs)}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    model_cfg = ModelConfig.from_dict(SHAPES[cfg.shape])
+    cfg, model_cfg = cfgs[0], ModelConfig.from_dict(SHAPES[cfgs[0].shape])
     rank, world, device = train.start_ranks()
     bandwidth, rate = ceilings(device)
-    result = modes[sys.argv[1]](cfg, model_cfg, device, bandwidth, rate)
+    result = modes[sys.argv[1]](cfgs if sys.argv[1] == "step" else cfg, model_cfg, device, bandwidth, rate)
     result |= dict(bench=sys.argv[1], ratio=result["measured"] / result["ceiling"], bandwidth=bandwidth, matrix_rate=rate,
                    world=world)
     for name in ("shape", "algo", "prompts", "n", "prompt_len", "new", "ragged", "rescue_barrier", "compile",

@@ -205,7 +205,10 @@ def update(model, optimizer, batch: list[Trained], lr: float, cfg, rank, world, 
             if not cfg.reshard:     # weights are gathered once, gradients are summed where they are until the last one
                 model.set_requires_gradient_sync(last)
                 model.set_reshard_after_backward(last)
-            logp_R, entropy_R = model(t["ids_T"], t["cu"], t["max_len"], t["targets_R"], t["rows_R"], cfg.temperature)
+            # With one update the ratio is exactly 1, at which the clip is idle: what multiplies each log-prob's gradient is
+            # known before the forward pass, and the head makes its own in it. A cap on importance weights needs log-probs.
+            known_R = -t["weight_R"] * t["adv_R"] if cfg.updates_per_batch == 1 and not cfg.is_cap else None
+            logp_R, entropy_R = model(t["ids_T"], t["cu"], t["max_len"], t["targets_R"], t["rows_R"], cfg.temperature, known_R)
             if number == 0:
                 t["before_R"] = logp_R.detach()     # under the weights that the sampler had
             behaviour_R, adv_R = t["sampled_R"], t["adv_R"]
@@ -269,17 +272,18 @@ def plan(model_cfg, cfg, world: int, node: int, kv_bytes: float, context: int, t
     s, w = shards(cfg, world, node), 2 if bf16 else 4
     root, T = N - L * block, max(cfg.micro_tokens, context)
     # What autograd keeps of a token in a block: two inputs of norms and their outputs, q, k, v and the mix, and of the MLP
-    # gate, its SiLU, up and their product. Compiled, what is elementwise is computed again.
-    eager = 4 * D + heads + 4 * I
-    kept = 2 * D + heads + 2 * I if cfg.compile else eager
+    # gate, its SiLU, up and their product. Compiled, the SiLU is computed again.
+    kept = 4 * D + heads + (3 if cfg.compile else 4) * I
     layers = L * D + kept if cfg.checkpoint_activations else L * kept
     gathered = 2 * block + root if cfg.reshard else N
     memory = {
         "weights and optimizer": 12 * N / s,
         "gradients": 4 * N / s + 4 * gathered if cfg.reshard else 4 * N,
         "gathered weights": w * gathered,
-        "activations": w * T * (layers + 3 * I),    # and the gradients of gate, up and their product in one block
-        "logits": min(T, HEAD_CHUNK) * V * (4 + w) + (8 + w) * V * D,     # of a chunk; the head's gradient, summed in fp32
+        "activations": w * T * layers,
+        # At the peak either a chunk of logits, and the head's gradient that is summed in fp32, or a block's gradients of
+        # gate, up and their product.
+        "working set": max(min(T, HEAD_CHUNK) * V * (4 + w) + (8 + w) * V * D, w * T * 3 * I),
         "sampler": w * N + kv_bytes,
     }
     away, times = (s - 1) / s, math.ceil(tokens / T) if cfg.reshard else 1

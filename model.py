@@ -347,12 +347,14 @@ class Model(nn.Module):
     def forward(
         self, ids_T: Tensor, cu: Tensor, max_len: int,
         targets_R: Tensor | None = None, rows_R: Tensor | None = None, temperature: float = 1.0,
+        coefficient_R: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Packed sequences through the decoder; see attend_packed for cu and max_len.
 
         Without targets: logits_TV in fp32 (to look at; in half precision on CUDA they carry no gradient).
         With targets: (logp_R, entropy_R) in fp32 of token targets_R[r] after row rows_R[r], at that temperature.
             ids_T = [p0 p1 r0 r1 | ..], trained on the response r0 r1:  rows_R = [1 2],  targets_R = [r0 r1]
+            coefficient_R: the loss's derivative by each log-prob, where it is known beforehand; see token_logprobs.
         """
         x = self.model.embed_tokens(ids_T)
         cos, sin = rope_tables(self.cfg, positions(cu, len(ids_T)))
@@ -364,7 +366,7 @@ class Model(nn.Module):
         if targets_R is None:
             return logits_fp32(self.model.norm(x), self.head)
         # Only rows with a target enter the norm and the head: prompts cost nothing there.
-        return token_logprobs(self.model.norm(x[rows_R]), self.head, targets_R, temperature)
+        return token_logprobs(self.model.norm(x[rows_R]), self.head, targets_R, temperature, coefficient_R)
 
     @torch.no_grad()
     def run(self, ids_T: Tensor, positions_T: Tensor, attend) -> Tensor:
@@ -397,52 +399,67 @@ def logits_fp32(hidden_RD: Tensor, weight_VD: Tensor, temperature: float = 1.0) 
 HEAD_CHUNK = 4096  # rows whose logits exist at a time: 2.5 GB for 152k words in fp32
 
 
+def head_pass(hidden_RD, weight_VD, targets_R, temperature, chunk, coefficient_R=None, wanted=(True, True)):
+    """One pass over the logits -> (logp_R, entropy_R, d_hidden, d_weight); the last two, where wanted, are the gradients of
+    sum_r coefficient_R[r] logp_R[r]. With p = softmax(z), z = h W^T / tau:  d logp[y] / dz = onehot(y) - p."""
+    logp_R, entropy_R = (torch.empty(len(hidden_RD), dtype=torch.float32, device=hidden_RD.device) for _ in range(2))
+    wanted = [w and coefficient_R is not None for w in wanted]
+    d_hidden = torch.empty_like(hidden_RD) if wanted[0] else None
+    d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
+    for i in range(0, len(hidden_RD), chunk):
+        rows = slice(i, i + chunk)
+        z = logits_fp32(hidden_RD[rows], weight_VD, temperature)
+        logp_R[rows], entropy_R[rows], lse = logprobs.statistics(z, targets_R[rows])
+        if any(wanted):
+            dz = logprobs.gradient(z, targets_R[rows], lse, coefficient_R[rows] / temperature, weight_VD.dtype)
+            del z  # 2.5 GB that the products below need not stand beside
+            if wanted[0]:
+                d_hidden[rows] = dz @ weight_VD
+            if wanted[1]:
+                d_weight += mm_fp32(dz.t(), hidden_RD[rows])
+    return logp_R, entropy_R, d_hidden, d_weight.to(weight_VD.dtype) if wanted[1] else None
+
+
 class TokenLogprobs(torch.autograd.Function):
-    """See token_logprobs. With p = softmax(z), z = h W^T / tau:  d logp[y] / dz = onehot(y) - p."""
+    """See token_logprobs: the gradients come with the forward pass if their coefficient is known, else from a second pass."""
 
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, targets_R, temperature, chunk):
-        R = len(hidden_RD)
-        logp, entropy, lse = (torch.empty(R, dtype=torch.float32, device=hidden_RD.device) for _ in range(3))
-        for i in range(0, R, chunk):
-            rows = slice(i, min(i + chunk, R))
-            z = logits_fp32(hidden_RD[rows], weight_VD, temperature)
-            logp[rows], entropy[rows], lse[rows] = logprobs.statistics(z, targets_R[rows])
-        ctx.save_for_backward(hidden_RD, weight_VD, targets_R, lse)
+    def forward(ctx, hidden_RD, weight_VD, targets_R, temperature, chunk, coefficient_R):
+        more = (coefficient_R, ctx.needs_input_grad[:2])
+        logp_R, entropy_R, *gradients = head_pass(hidden_RD, weight_VD, targets_R, temperature, chunk, *more)
+        ctx.save_for_backward(coefficient_R, *(gradients if coefficient_R is not None else (hidden_RD, weight_VD, targets_R)))
         ctx.temperature, ctx.chunk = temperature, chunk
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
+        ctx.mark_non_differentiable(entropy_R)
+        return logp_R, entropy_R
 
     @staticmethod
     def backward(ctx, grad_R, _):
-        hidden_RD, weight_VD, targets_R, lse = ctx.saved_tensors
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden_RD) if need_hidden else None
-        d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
-        for i in range(0, len(hidden_RD), ctx.chunk):
-            rows = slice(i, i + ctx.chunk)
-            z = logits_fp32(hidden_RD[rows], weight_VD, ctx.temperature)
-            dz = logprobs.gradient(z, targets_R[rows], lse[rows], grad_R[rows] / ctx.temperature, weight_VD.dtype)
-            del z  # 2.5 GB that the products below need not stand beside
-            if need_hidden:
-                d_hidden[rows] = dz @ weight_VD
-            if need_weight:
-                d_weight += mm_fp32(dz.t(), hidden_RD[rows])
-        return d_hidden, d_weight.to(weight_VD.dtype) if need_weight else None, None, None, None
+        coefficient_R, *saved = ctx.saved_tensors
+        if coefficient_R is None:
+            gradients = head_pass(*saved, ctx.temperature, ctx.chunk, grad_R, ctx.needs_input_grad[:2])[2:]
+        else:  # asked on the device, without waiting for the answer
+            kept = torch.where((grad_R == coefficient_R).all(), 1.0, math.nan)
+            gradients = [d if d is None else d.mul_(kept) for d in saved]
+        return *gradients, None, None, None, None
 
 
 def token_logprobs(
-    hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, temperature: float, chunk: int = HEAD_CHUNK
-) -> tuple[Tensor, Tensor]:
+    hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, temperature: float,
+    coefficient_R: Tensor | None = None, chunk: int = HEAD_CHUNK,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(log p(targets_R), entropy_R) in fp32 of softmax(hidden W^T / temperature); the entropy carries no gradient.
 
-    Works through `chunk` rows at a time and recomputes their logits in the backward pass: the R x V matrix never
-    exists (4096 rows x 152k words in fp32 are 2.5 GB, 64k rows would be 40 GB). The gradient of the weight is summed
-    over chunks in fp32. R = 0 is allowed and gives zero gradients. Raises ValueError unless temperature > 0.
+    Works through `chunk` rows at a time: the R x V matrix never exists (4096 rows x 152k words in fp32 are 2.5 GB, 64k
+    rows would be 40 GB). The gradient of the weight is summed over chunks in fp32. R = 0 is allowed and gives zero
+    gradients. Raises ValueError unless temperature > 0.
+
+    The backward pass computes all logits again, unless the caller knows beforehand how its loss will depend on each
+    log-prob, d loss / d logp_R = coefficient_R: then the forward pass makes the gradients too, one of the head's four matrix
+    products is saved, and the gradients are the same sums. A loss that turns out otherwise gets gradients of NaN.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, log-probabilities need one above 0")
-    return TokenLogprobs.apply(hidden_RD, weight_VD, targets_R, temperature, chunk)
+    return TokenLogprobs.apply(hidden_RD, weight_VD, targets_R, temperature, chunk, coefficient_R)
 
 
 def forward_flops(cfg: ModelConfig, tokens: float, context: float, predicted: float | None = None) -> float:

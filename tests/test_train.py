@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import doctest
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -34,10 +35,11 @@ import base
 import bench
 import data
 import learner
+import model as model_module
 import report
 import train
 from learner import Trained, advise, cost, must_fit, pack, packed, plan, update
-from model import Model, ModelConfig, load_weights, read_weights
+from model import Model, ModelConfig, load_weights, read_weights, token_logprobs
 from train import Config, parse
 
 ROOT = Path(train.__file__).parent
@@ -525,6 +527,24 @@ def test_loss_by_hand(fresh, student, norm, updates):
         assert 0 < metrics["loss/clip_frac"] < 1
 
 
+def logits_again(hidden_RD, weight_VD, targets_R, temperature, known_R):
+    return token_logprobs(hidden_RD, weight_VD, targets_R, temperature)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(clip_low=1e-9, clip_high=1e-9), dict(loss_norm="constant")], ids=str)
+def test_the_gradient_is_known_beforehand(fresh, monkeypatch, changes):
+    """With one update, bit for bit what autograd finds behind the loss, its clip and its minimum of two equal gains."""
+    after = []
+    for forget in (False, True):
+        if forget:
+            monkeypatch.setattr(model_module, "token_logprobs", logits_again)
+        cfg, model, optimizer = fresh(torch.optim.SGD, micro_tokens=40, **changes)
+        batch = [x._replace(advantage=a) for x, a in zip(unequal_batch(), itertools.cycle([-1.5, 0.0, 1 / 3, 2e-7]))]
+        update(model, optimizer, batch, 1.0, cfg, 0, 1, torch.device("cpu"))
+        after.append(weights_of(model))
+    assert all(torch.equal(w, after[1][name]) and w.isfinite().all() for name, w in after[0].items())
+
+
 def test_first_of_two_updates_is_on_policy(fresh):
     """With the sampler's own log-probs the first ratio is 1, so a mean other than 1 comes from the second."""
     cfg, model, optimizer = fresh(updates_per_batch=2)
@@ -619,14 +639,21 @@ def test_a_poisoned_weight_is_no_step(fresh):
 # -------------------------------------------------------------------------------------------------- ranks of a learner
 
 
-def learn_on(rank, world, node, port, folder, output, changes):
-    """One update under SGD, whose step is the gradient, on this rank; rank 0 saves weights and metrics."""
+def join(rank, world, node, port, folder, changes):
     torch.set_num_threads(1)
     os.environ["LOCAL_WORLD_SIZE"] = str(node)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     cfg = Config(**dict(dict(max_new=20, grad_clip=1.0, micro_tokens=40), **changes))
     device = torch.device("cpu")
     model, _ = learner.make_learner(ModelConfig.from_folder(folder), cfg, device, lambda m: read_weights(m, folder))
+    return cfg, device, model
+
+
+def learn_on(rank, world, node, port, folder, output, changes):
+    """One update under SGD, whose step is the gradient, on this rank; rank 0 saves weights and metrics."""
+    if changes.pop("logits_again", False):
+        model_module.token_logprobs = logits_again
+    cfg, device, model = join(rank, world, node, port, folder, changes)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     metrics = update(model, optimizer, unequal_batch(), 1.0, cfg, rank, world, device)
     assert {p.device_mesh.size(-1) for p in model.parameters()} == {node if cfg.shard == "node" else world}
@@ -636,16 +663,29 @@ def learn_on(rank, world, node, port, folder, output, changes):
     dist.destroy_process_group()
 
 
+def no_rows_on(rank, world, node, port, folder, output, changes):
+    """A backward pass to which only rank 0 brings rows to train, with their coefficients known and not."""
+    _, _, model = join(rank, world, node, port, folder, {})
+    ids_T, rows_R, found = torch.arange(4, 13), torch.arange(2, 7) if rank == 0 else torch.empty(0, dtype=torch.long), []
+    for known_R in (None, torch.ones(len(rows_R))):
+        model.zero_grad()
+        model(ids_T, torch.tensor([0, 9]).int(), 9, ids_T[rows_R + 1], rows_R, 0.9, known_R)[0].sum().backward()
+        found.append([p.grad.full_tensor() for p in model.parameters()])
+    if rank == 0:
+        torch.save(found, output)
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def one_rank_learns(student, tmp_path_factory):
     return learned(student, tmp_path_factory.mktemp("one") / "weights.pt", 1, 1)
 
 
-def learned(student, output, world, node, **changes):
+def learned(student, output, world, node, learn=learn_on, **changes):
     with socket.socket() as s:
         s.bind(("", 0))
         port = s.getsockname()[1]
-    ranks = [SERVER.Process(target=learn_on, args=(rank, world, node, port, student.model, output, changes))
+    ranks = [SERVER.Process(target=learn, args=(rank, world, node, port, student.model, output, changes))
              for rank in range(world)]
     for rank in ranks:
         rank.start()
@@ -661,6 +701,7 @@ def learned(student, output, world, node, **changes):
     (2, 1, {}),                     # two nodes of one: replicated, all-reduced
     (2, 1, dict(reshard=True)),
     (2, 1, dict(shard="world")),
+    (2, 2, dict(logits_again=True)),
     (2, 2, dict(micro_tokens=1)),
     (2, 2, dict(micro_tokens=10_000)),
     (4, 2, dict(reshard=True)),     # two nodes of two
@@ -671,6 +712,12 @@ def test_ranks_do_not_matter(student, one_rank_learns, tmp_path, world, node, ch
     weights, metrics = learned(student, tmp_path / "weights.pt", world, node, **changes)
     assert all((weights[name] - w).abs().max() < 1e-6 for name, w in one_rank_learns[0].items())
     assert metrics == pytest.approx(one_rank_learns[1], abs=1e-6, rel=1e-6)
+
+
+def test_a_rank_without_rows(student, tmp_path):
+    one, two = (learned(student, tmp_path / f"{world}.pt", world, world, no_rows_on) for world in (1, 2))
+    for grads in zip(*one, *two):
+        assert all((g - grads[0]).abs().max() < 1e-6 * max(1, grads[0].abs().max()) for g in grads[1:])
 
 
 @pytest.mark.gpu
@@ -715,14 +762,14 @@ def test_plan():
 
 
 # Measured peaks in GiB of `bench.py learner --shape qwen2.5-math-1.5b` on H200: (settings, ranks, GiB). See LOG.md.
-MEASURED = [(dict(micro_tokens=16384, reshard=True), 1, 66.9)]
+MEASURED = [(dict(micro_tokens=16640), 1, 71.15), (dict(micro_tokens=33280, compile=True), 1, 94.08)]
 
 
 @pytest.mark.parametrize("changes, world, gib", MEASURED, ids=str)
 def test_plan_is_what_was_measured(changes, world, gib):
     planned = plan(SHAPE, Config(**changes), world, world, 0, 640, 163_840 // world).memory
     planned.pop("sampler")
-    assert sum(planned.values()) / 2**30 == pytest.approx(gib, rel=0.08)
+    assert sum(planned.values()) / 2**30 == pytest.approx(gib, rel=0.02)
 
 
 def test_what_does_not_fit_is_refused_with_what_to_change():
