@@ -367,7 +367,7 @@ def bench_step(cfgs, model_cfg, device, bandwidth, rate) -> dict:
                   "compute/train_flops", "compute/saved_frac", "mismatch/kl", "mismatch/max_abs")
         return clock.read() | {key: metrics[key] for key in wanted if key in metrics}
 
-    one(cfgs[0], 0, {})     # kernels are compiled, graphs captured
+    one(min(cfgs, key=lambda cfg: cfg.n), 0, {})    # kernels are compiled, graphs captured
     rows = {}
     for cfg in cfgs:
         totals = {}
