@@ -283,14 +283,14 @@ def bench_learner(cfg, model_cfg, device, bandwidth, rate) -> dict:
 
 
 def plan_table(total=139.8 * 2**30, tokens=65536, kv=20 * 2**30, context=4096) -> str:
-    """The README's: of an H200, 64k tokens per GPU and update, 20 GiB of KV cache; the first settings that fit."""
+    """The README's: of an H200, 64k tokens per GPU and update, 20 GiB of KV cache, compiled; the first settings that fit."""
     rows = ["| shape | GPUs | settings | GiB per GPU | learner's state | activations | sampler | GB sent per step |",
             "|---|---|---|---|---|---|---|---|"]
     for shape in ("qwen2.5-math-1.5b", "qwen2.5-7b", "qwen2.5-32b"):
         model_cfg = ModelConfig.from_dict(SHAPES[shape])
         for gpus in (1, 8, 64, 512):
             try:
-                changes, found = learner.advise(total, model_cfg, Bench(), gpus, min(gpus, 8), kv, context, tokens)
+                changes, found = learner.advise(total, model_cfg, Bench(compile=True), gpus, min(gpus, 8), kv, context, tokens)
             except MemoryError:
                 rows.append(f"| {shape} | {gpus} | does not fit | | | | | |")
                 continue
