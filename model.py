@@ -399,25 +399,26 @@ def logits_fp32(hidden_RD: Tensor, weight_VD: Tensor, temperature: float = 1.0) 
 HEAD_CHUNK = 4096  # rows whose logits exist at a time: 2.5 GB for 152k words in fp32
 
 
-def head_pass(hidden_RD, weight_VD, targets_R, temperature, chunk, coefficient_R=None, wanted=(True, True)):
-    """One pass over the logits -> (logp_R, entropy_R, d_hidden, d_weight); the last two, where wanted, are the gradients of
-    sum_r coefficient_R[r] logp_R[r]. With p = softmax(z), z = h W^T / tau:  d logp[y] / dz = onehot(y) - p."""
+def head_pass(hidden_RD, weight_VD, targets_R, temperature, chunk, coefficient_R, needed):
+    """One pass over the logits -> (logp_R, entropy_R, d_hidden, d_weight). The last two are the gradients of sum_r
+    coefficient_R[r] logp_R[r], or None without coefficients or where not needed. With p = softmax(z), z = h W^T / tau:
+    d logp[y] / dz = onehot(y) - p."""
     logp_R, entropy_R = (torch.empty(len(hidden_RD), dtype=torch.float32, device=hidden_RD.device) for _ in range(2))
-    wanted = [w and coefficient_R is not None for w in wanted]
-    d_hidden = torch.empty_like(hidden_RD) if wanted[0] else None
-    d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
+    need_hidden, need_weight = (need and coefficient_R is not None for need in needed)
+    d_hidden = torch.empty_like(hidden_RD) if need_hidden else None
+    d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if need_weight else None
     for i in range(0, len(hidden_RD), chunk):
         rows = slice(i, i + chunk)
         z = logits_fp32(hidden_RD[rows], weight_VD, temperature)
         logp_R[rows], entropy_R[rows], lse = logprobs.statistics(z, targets_R[rows])
-        if any(wanted):
+        if need_hidden or need_weight:
             dz = logprobs.gradient(z, targets_R[rows], lse, coefficient_R[rows] / temperature, weight_VD.dtype)
             del z  # 2.5 GB that the products below need not stand beside
-            if wanted[0]:
+            if need_hidden:
                 d_hidden[rows] = dz @ weight_VD
-            if wanted[1]:
+            if need_weight:
                 d_weight += mm_fp32(dz.t(), hidden_RD[rows])
-    return logp_R, entropy_R, d_hidden, d_weight.to(weight_VD.dtype) if wanted[1] else None
+    return logp_R, entropy_R, d_hidden, d_weight.to(weight_VD.dtype) if need_weight else None
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -425,9 +426,9 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_RD, weight_VD, targets_R, temperature, chunk, coefficient_R):
-        more = (coefficient_R, ctx.needs_input_grad[:2])
-        logp_R, entropy_R, *gradients = head_pass(hidden_RD, weight_VD, targets_R, temperature, chunk, *more)
-        ctx.save_for_backward(coefficient_R, *(gradients if coefficient_R is not None else (hidden_RD, weight_VD, targets_R)))
+        inputs = (hidden_RD, weight_VD, targets_R)
+        logp_R, entropy_R, *gradients = head_pass(*inputs, temperature, chunk, coefficient_R, ctx.needs_input_grad[:2])
+        ctx.save_for_backward(coefficient_R, *(inputs if coefficient_R is None else gradients))
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.mark_non_differentiable(entropy_R)
         return logp_R, entropy_R

@@ -171,6 +171,7 @@ def test_a_flag_beats_a_file_beats_the_algorithm_beats_pretrained_beats_config(t
     file.write_text(json.dumps(dict(model="a/b", algo="dapo", lr=3e-6, clip_high=0.4, rescue=False)))
     plain = parse(["--model", "a/b"])
     assert (plain.lr, plain.clip_high, plain.loss_norm, plain.rescue, plain.data) == (1e-6, 0.2, "prompt", True, "math")
+    assert plain.compile == torch.cuda.is_available() and not parse(["--model", "a/b", "--compile", "False"]).compile
     assert parse(["--algo", "dapo"]).clip_high == 0.28
     cfg = parse([str(file), "--clip_high", "0.5"])
     assert (cfg.algo, cfg.loss_norm) == ("dapo", "token")              # the algorithm's
@@ -452,12 +453,13 @@ def unequal_batch(seed=0):
 
 
 @pytest.mark.parametrize("norm", aero.LOSS_NORMS)
-def test_micro_batches_do_not_matter(fresh, norm):
+@pytest.mark.parametrize("seed", range(3))
+def test_micro_batches_do_not_matter(fresh, norm, seed):
     """Under SGD, whose step is the gradient, here of norm 1."""
     after, metrics = [], []
     for cap in (10_000, 40, 1):
         cfg, model, optimizer = fresh(torch.optim.SGD, loss_norm=norm, micro_tokens=cap, grad_clip=1.0)
-        metrics.append(update(model, optimizer, unequal_batch(), 1.0, cfg, 0, 1, torch.device("cpu")))
+        metrics.append(update(model, optimizer, unequal_batch(seed), 1.0, cfg, 0, 1, torch.device("cpu")))
         after.append(weights_of(model))
     for other, m in zip(after[1:], metrics[1:]):
         for name, w in after[0].items():
