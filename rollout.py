@@ -178,7 +178,9 @@ def draw(logits_AV, key_A, position_A, sampling: Sampling):
         allowed_AV = truncate(logits_AV, sampling.top_p, sampling.top_k) if sampling.cuts else logits_AV
         width = min(BLOCK, allowed_AV.shape[1])
         blocks = F.pad(allowed_AV, (0, -allowed_AV.shape[1] % width), value=-torch.inf).unflatten(1, (-1, width))
-        block_A = (blocks.logsumexp(-1) + gumbel_noise(key_A, position_A, blocks.shape[1])).argmax(-1)
+        block_A = torch.zeros_like(key_A)
+        if blocks.shape[1] > 1:
+            block_A = (blocks.logsumexp(-1) + gumbel_noise(key_A, position_A, blocks.shape[1])).argmax(-1)
         words_AW = blocks.gather(1, block_A[:, None, None].expand(-1, 1, width))[:, 0]
         token_A = block_A * BLOCK + (words_AW + gumbel_noise(key_A, position_A, width, block_A)).argmax(-1)
     logp_A = logits_AV.gather(1, token_A[:, None])[:, 0] - logits_AV.logsumexp(dim=-1)
@@ -741,12 +743,13 @@ class Sampler:
         rows_AN = self.table[:, : self._pages_for(longest)][:A].long()
         here_A, inside_A = rows_AN.gather(1, (length_A // page)[:, None])[:, 0], length_A % page
         seen = (torch.arange(rows_AN.shape[1] * page, device=self.device) <= length_A[:, None])[:, None, None]
-        heads = rows_AN[:, None] * K + torch.arange(K, device=self.device)[None, :, None]      # (A, K, N)
+        heads = (rows_AN[:, None] * K + torch.arange(K, device=self.device)[:, None]).flatten()     # of (A, K, N) tiles
 
         def attend(layer, q_AHE, k_AKE, v_AKE):
             for part, new in zip(self.cache[layer], (k_AKE, v_AKE)):
                 part[here_A, :, inside_A] = new
-            k, v = (part.flatten(0, 1)[heads].flatten(2, 3) for part in self.cache[layer])      # (A, K, keys, E)
+            k, v = (part.flatten(0, 1).flatten(1).index_select(0, heads).view(A, K, -1, self.cfg.head_dim)
+                    for part in self.cache[layer])      # (A, K, keys, E)
             # the H / K query heads that share a KV head stand as query rows, so that keys are not repeated
             out = F.scaled_dot_product_attention(q_AHE.unflatten(1, (K, -1)), k, v, attn_mask=seen)
             return out.flatten(1, 2)
