@@ -195,15 +195,15 @@ def bench_sampler(cfg, model_cfg, device, bandwidth, rate) -> dict:
     def drain() -> list:
         return [rollout for _ in iter(lambda: sampler.busy, False) for rollout in sampler.step()]
 
-    fill()
-    sampler.step()      # kernels are compiled, graphs captured
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    startup = time.perf_counter() - begun
-    rollouts, times = drain(), []
+    sampler.begin(0, Sampling(cfg.temperature, cfg.top_p))
+    sampler.add([Request(0, 0, prompts[0], 1)])
+    drain()             # kernels are compiled, graphs captured
+    startup, times = time.perf_counter() - begun, []
     for _ in range(cfg.repeats):
         fill()
-        times.append(timed(drain, device))
+        begun = time.perf_counter()
+        rollouts = drain()
+        times.append(time.perf_counter() - begun)
     seconds, lengths = float(np.median(times)), np.array([len(r.tokens) for r in rollouts])
     # Weights are read once a step or multiplied once a token, whichever takes longer, and all keys of a token are read.
     width = next(sampler.model.parameters()).element_size()

@@ -178,7 +178,9 @@ def draw(logits_AV, key_A, position_A, sampling: Sampling):
         allowed_AV = truncate(logits_AV, sampling.top_p, sampling.top_k) if sampling.cuts else logits_AV
         width = min(BLOCK, allowed_AV.shape[1])
         blocks = F.pad(allowed_AV, (0, -allowed_AV.shape[1] % width), value=-torch.inf).unflatten(1, (-1, width))
-        block_A = (blocks.logsumexp(-1) + gumbel_noise(key_A, position_A, blocks.shape[1])).argmax(-1)
+        block_A = torch.zeros_like(key_A)
+        if blocks.shape[1] > 1:
+            block_A = (blocks.logsumexp(-1) + gumbel_noise(key_A, position_A, blocks.shape[1])).argmax(-1)
         words_AW = blocks.gather(1, block_A[:, None, None].expand(-1, 1, width))[:, 0]
         token_A = block_A * BLOCK + (words_AW + gumbel_noise(key_A, position_A, width, block_A)).argmax(-1)
     logp_A = logits_AV.gather(1, token_A[:, None])[:, 0] - logits_AV.logsumexp(dim=-1)
@@ -198,16 +200,8 @@ INPUT, LENGTH, DRAWN, KEY, LIMIT, ROW, DONE = range(7)
 if triton is not None:
 
     @triton.jit
-    def follow(PDL: tl.constexpr):
-        """Programmatic dependent launch: a kernel starts while the one before it ends, and waits here for its results."""
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
-
-    @triton.jit
-    def norm_kernel(x, weight, out, eps, D: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr):
+    def norm_kernel(x, weight, out, eps, D: tl.constexpr, WIDTH: tl.constexpr):
         """RMSNorm. One program per row."""
-        follow(PDL)
         d = tl.arange(0, WIDTH)
         at, mask = tl.program_id(0) * D + d, d < D
         row = tl.load(x + at, mask, 0.0).to(tl.float32)
@@ -215,54 +209,13 @@ if triton is not None:
         tl.store(out + at, row * scale * tl.load(weight + d, mask, 0.0).to(tl.float32), mask)
 
     @triton.jit
-    def silu(gate, kind):
-        return (gate / (1 + tl.exp(-gate))).to(kind).to(tl.float32)
-
-    @triton.jit
-    def silu_mul_kernel(gate_up, out, I: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr):
-        follow(PDL)
+    def silu_mul_kernel(gate_up, out, I: tl.constexpr, WIDTH: tl.constexpr):
         a = tl.program_id(0).to(tl.int64)
         i = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-        gate = tl.load(gate_up + a * 2 * I + i, i < I, 0.0)
-        up = tl.load(gate_up + a * 2 * I + I + i, i < I, 0.0)
-        tl.store(out + a * I + i, silu(gate.to(tl.float32), gate.dtype) * up.to(tl.float32), i < I)
-
-    @triton.jit
-    def thin_kernel(x, norm, weight, bias, out, A, eps, D: tl.constexpr, O: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr,
-                    DEPTH: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr, ADD: tl.constexpr,
-                    PDL: tl.constexpr):  # fmt: skip
-        """
-        A matrix product of few rows, which is a stream of weights: out = f(x) weight^T with WIDTH columns per program, all
-        A <= M rows at once. NORM: f is RMSNorm; its scale is a factor of the row, so it is found on the way and applied at the
-        end. SILU: weight holds gate and up, out = silu(gate) up. ADD: out += (the residual).
-        """
-        follow(PDL)
-        m, o = tl.arange(0, M), tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-        acc, squares = tl.zeros([M, WIDTH], tl.float32), tl.zeros([M], tl.float32)
-        up = tl.zeros([M, WIDTH], tl.float32)
-        for first in range(0, D, DEPTH):
-            d = first + tl.arange(0, DEPTH)
-            rows = tl.load(x + m[:, None] * D + d[None, :], (m < A)[:, None] & (d < D)[None, :], 0.0)
-            if NORM:
-                rows32 = rows.to(tl.float32)
-                squares += tl.sum(rows32 * rows32, 1)
-                rows = (rows32 * tl.load(norm + d, d < D, 0.0).to(tl.float32)[None, :]).to(rows.dtype)
-            column, real = weight + o[None, :].to(tl.int64) * D + d[:, None], (o < O)[None, :] & (d < D)[:, None]
-            acc = tl.dot(rows, tl.load(column, real, 0.0), acc, input_precision="ieee")
-            if SILU:
-                up = tl.dot(rows, tl.load(column + O * D, real, 0.0), up, input_precision="ieee")
-        if NORM:
-            scale = tl.rsqrt(squares / D + eps)[:, None]
-            acc, up = acc * scale, up * scale
-        if BIAS:
-            acc += tl.load(bias + o, o < O, 0.0).to(tl.float32)[None, :]
-        kind = out.dtype.element_ty
-        if SILU:
-            acc = silu(acc.to(kind).to(tl.float32), kind) * up.to(kind).to(tl.float32)
-        at, mask = out + m[:, None] * O + o[None, :], (m < A)[:, None] & (o < O)[None, :]
-        if ADD:
-            acc += tl.load(at, mask, 0.0).to(tl.float32)
-        tl.store(at, acc, mask)
+        gate = tl.load(gate_up + a * 2 * I + i, i < I, 0.0).to(tl.float32)
+        up = tl.load(gate_up + a * 2 * I + I + i, i < I, 0.0).to(tl.float32)
+        silu = (gate / (1 + tl.exp(-gate))).to(out.dtype.element_ty)
+        tl.store(out + a * I + i, silu.to(tl.float32) * up, i < I)
 
     @triton.jit
     def rotated(low, high, weight, cos, sin, eps, E: tl.constexpr, NORM: tl.constexpr):
@@ -279,14 +232,13 @@ if triton is not None:
     @triton.jit
     def attend_kernel(qkv, keys, values, state, table, cos, sin, q_norm, k_norm, part, lse, eps, scale, B, N, H: tl.constexpr,
                       K: tl.constexpr, E: tl.constexpr, PAGE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-                      G: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                      G: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
         """
         Online softmax (FlashDecoding) of one slot, one KV head, one chunk of keys: the H / K query heads that share the KV
         head stand in one tile of G rows, so each key and value is read once. Chunks have a fixed number of keys, not a fixed
         share of them, so ragged lengths are balanced. The new key opens the softmax of the last chunk, which writes it and
         its value into their page.
         """
-        follow(PDL)
         a, k, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
         position = tl.load(state + 1 * B + a).to(tl.int32)      # of the new key; as many stand in the cache
         first = chunk * CHUNK
@@ -335,9 +287,8 @@ if triton is not None:
 
     @triton.jit
     def combine_kernel(part, lse, state, out, B, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr,
-                       CHUNKS: tl.constexpr, G: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                       CHUNKS: tl.constexpr, G: tl.constexpr):  # fmt: skip
         """The chunks' mixtures, weighed by their share of the softmax's denominator."""
-        follow(PDL)
         a, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
         g, e = tl.arange(0, G), tl.arange(0, E)[None, :]
         real = g < H // K
@@ -355,17 +306,15 @@ if triton is not None:
         tl.store(out + (a * H + k * (H // K) + g)[:, None] * E + e, mix / total[:, None], real[:, None])
 
     @triton.jit
-    def exponential_race(word):
-        """Gumbel noise of a random 32-bit word, as gumbel_noise(). Where 1 - w would round, -log(1 - w) is a series."""
+    def gumbel(word):
+        """Gumbel noise of a random 32-bit word, as in gumbel_noise(). Where 1 - w would round, -log(1 - w) is a series."""
         w = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
         series = w * (1 + w * (0.5 + w * (0.33333333 + w * (0.25 + w * 0.2))))
         return -tl.log(tl.where(w < 0.04, series, -tl.log(1 - w)))
 
     @triton.jit
-    def least_allowed_kernel(logits, least, temperature, top_p, top_k, V: tl.constexpr, BLOCK: tl.constexpr,
-                             PDL: tl.constexpr):  # fmt: skip
-        """least_allowed() of one row. Its 32 (or 64) passes over the row read the cache, not the memory."""
-        follow(PDL)
+    def least_allowed_kernel(logits, least, temperature, top_p, top_k, V: tl.constexpr, BLOCK: tl.constexpr):
+        """least_allowed() of one row. Its 33 passes over the row (66 with both) read the L2 cache."""
         row = logits + tl.program_id(0).to(tl.int64) * V
         heat, p_wanted, k_wanted = tl.load(temperature), tl.load(top_p), tl.load(top_k)
         v = tl.arange(0, BLOCK)
@@ -376,18 +325,9 @@ if triton is not None:
         floor = tl.full([], -2147483648, tl.int64)
         for by_mass in tl.static_range(2):      # the top_k words first, then top_p of their mass
             low, high = floor, tl.full([], 2147483647, tl.int64)
-            wanted = k_wanted
-            if by_mass:
-                mass = tl.zeros([BLOCK], tl.float32)
-                for first in range(0, V, BLOCK):
-                    z = tl.load(row + first + v, first + v < V, float("-inf")) / heat
-                    bits = z.to(tl.int32, bitcast=True)
-                    rank = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-                    mass += tl.where(rank >= floor, tl.exp(z - peak), 0.0)
-                wanted = p_wanted * tl.sum(mass)
-            steps = tl.where(wanted > 0, 32, 0)
-            for _ in range(steps):
-                middle = (low + high + 1) >> 1
+            wanted = p_wanted if by_mass else k_wanted
+            for step in range(tl.where(wanted > 0, 33, 0)):
+                middle = tl.where(step == 0, floor, (low + high + 1) >> 1)      # the first pass measures all there is
                 mass = tl.zeros([BLOCK], tl.float32)
                 for first in range(0, V, BLOCK):
                     z = tl.load(row + first + v, first + v < V, float("-inf")) / heat
@@ -395,17 +335,18 @@ if triton is not None:
                     rank = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
                     weight = tl.exp(z - peak) if by_mass else tl.where(first + v < V, 1.0, 0.0)
                     mass += tl.where((rank >= middle) & (rank >= floor), weight, 0.0)
-                enough = tl.sum(mass) >= wanted
-                low, high = tl.where(enough, middle, low), tl.where(enough, high, middle - 1)
+                total = tl.sum(mass)
+                if by_mass:
+                    wanted = tl.where(step == 0, p_wanted * total, wanted)
+                low, high = tl.where(total >= wanted, middle, low), tl.where(total >= wanted, high, middle - 1)
             floor = low
         found = floor.to(tl.int32)
         found = tl.where(found < 0, found ^ 0x7FFFFFFF, found)
         tl.store(least + tl.program_id(0), found.to(tl.float32, bitcast=True))
 
     @triton.jit
-    def blocks_kernel(logits, least, temperature, stats, blocks, V: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    def blocks_kernel(logits, least, temperature, stats, blocks, V: tl.constexpr, BLOCK: tl.constexpr):
         """Of one block of one row: log-sum-exp of all words, of the allowed words, and the largest."""
-        follow(PDL)
         a, b = tl.program_id(0).to(tl.int64), tl.program_id(1)
         v = b * BLOCK + tl.arange(0, BLOCK)
         z = tl.load(logits + a * V + v, v < V, float("-inf")) / tl.load(temperature)
@@ -418,9 +359,8 @@ if triton is not None:
 
     @triton.jit
     def draw_kernel(logits, least, temperature, greedy, stats, blocks, state, eos, tokens, logps, B, C, V: tl.constexpr,
-                    BLOCK: tl.constexpr, MANY: tl.constexpr, EOS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                    BLOCK: tl.constexpr, MANY: tl.constexpr, EOS: tl.constexpr):  # fmt: skip
         """draw() of one row from its blocks' statistics, then the row's state: one more token, or the end."""
-        follow(PDL)
         a = tl.program_id(0).to(tl.int64)
         key, position = tl.load(state + 3 * B + a), tl.load(state + 2 * B + a)
         is_greedy, heat, floor = tl.load(greedy) != 0, tl.load(temperature), tl.load(least + a)
@@ -432,7 +372,7 @@ if triton is not None:
         zero = b * 0
         w0, w1, w2, w3 = tl.philox(key, b // 4, zero + position.to(tl.int32), zero + 1, zero)
         word = tl.where(b % 4 == 0, w0, tl.where(b % 4 == 1, w1, tl.where(b % 4 == 2, w2, w3)))
-        block = tl.argmax(tl.where(is_greedy, best, allowed + exponential_race(word)), 0)
+        block = tl.argmax(tl.where(is_greedy, best, allowed + gumbel(word)), 0)
         peak = tl.max(whole)
         normaliser = peak + tl.log(tl.sum(tl.exp(whole - peak)))
 
@@ -443,7 +383,7 @@ if triton is not None:
         for j in tl.static_range(4):
             v = block * BLOCK + 4 * c + j
             z = tl.load(logits + a * V + v, v < V, float("-inf")) / heat
-            noise = exponential_race(w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3)
+            noise = gumbel(w0 if j == 0 else w1 if j == 1 else w2 if j == 2 else w3)
             value, i = tl.max(tl.where(z >= floor, tl.where(is_greedy, z, z + noise), float("-inf")), 0, return_indices=True)
             token = tl.where(value > winner, block * BLOCK + 4 * i + j, token)
             winner = tl.maximum(value, winner)
@@ -473,11 +413,13 @@ def graph_sizes(slots: int) -> list[int]:
     return sorted({*small, *range(eighth, slots, eighth), slots})
 
 
+@dataclass
 class Slot:
     """A running rollout: what was asked, the pages it holds, and a number that tells which slot is younger."""
 
-    def __init__(self, request: Request, pages: list[int], born: int):
-        self.request, self.pages, self.born = request, pages, born
+    request: Request
+    pages: list[int]
+    born: int
 
 
 class Sampler:
@@ -492,8 +434,6 @@ class Sampler:
     PREFILL_TOKENS = 16384      # prompts computed in one forward: bounds its activations
     SHARE = 0.4
     CHUNK = 512                 # keys of one program of attend_kernel; half as many for few slots
-    THIN = 64                   # most slots whose matrix products go through thin_kernel
-    PDL = True
 
     def __init__(self, cfg: ModelConfig, slots: int, context: int, eos_ids: Iterable[int], device="cpu", dtype=torch.float32,
                  kv_gib: float = 0.0, fast: bool | None = None, page: int | None = None):  # fmt: skip
@@ -689,14 +629,14 @@ class Sampler:
         while self.queue and len(self.active) < self.slots:
             request, begun = self.queue[0], len(self.queue[0].prompt) - 1      # all but the last token
             shared, rest = divmod(begun, self.page)
-            new = self._pages_for(begun) * (request.prompt not in self.prompts) + (rest > 0)
+            known = self.prompts.get(request.prompt)
+            new = (rest > 0) + (self._pages_for(begun) if known is None else sum(self.holders[page] == 0 for page in known))
             more = self._most_pages(request) - shared - (rest > 0)
             if self.active and self.pages - self.held - new < min(owed + more, len(self.active) + 1):
                 break
             owed += more
-            if request.prompt not in self.prompts:
-                self._reserve(request.prompt)
-                missing.append(request.prompt)
+            if known is None:
+                missing.append((request.prompt, self._reserve(request.prompt)))
             self.prompts.move_to_end(request.prompt)
             pages = [self._hold(page) for page in self.prompts[request.prompt]]      # holds the template until it is copied
             if rest:
@@ -716,35 +656,34 @@ class Sampler:
             for template, _ in taken:
                 self._drop(template)
 
-    def _reserve(self, prompt: tuple[int, ...]) -> None:
-        self.prompts[prompt] = self._take(self._pages_for(len(prompt) - 1))
-        for page in self.prompts[prompt]:
+    def _reserve(self, prompt: tuple[int, ...]) -> list[int]:
+        pages = self.prompts[prompt] = self._take(self._pages_for(len(prompt) - 1))
+        for page in pages:
             self.of_prompt[page] = True
+        return pages
 
-    def _look_ahead(self, missing: list[tuple[int, ...]]) -> None:
+    def _look_ahead(self, missing: list[tuple]) -> None:
         """A forward over a few prompts takes as long as one over many: where one is due, prompts of the queue join it."""
-        tokens = sum(map(len, missing))
-        for request in self.queue if missing else ():
-            if request.prompt in self.prompts:
+        tokens = sum(len(prompt) for prompt, _ in missing)
+        for prompt in dict.fromkeys(request.prompt for request in self.queue) if missing else ():
+            if prompt in self.prompts:
                 continue
-            tokens += len(request.prompt)
-            if tokens > self.PREFILL_TOKENS or len(self.free) - self._pages_for(len(request.prompt)) < self.pages // 4:
+            tokens += len(prompt)
+            if tokens > self.PREFILL_TOKENS or len(self.free) - self._pages_for(len(prompt)) < self.pages // 4:
                 return
-            self._reserve(request.prompt)
-            missing.append(request.prompt)
+            missing.append((prompt, self._reserve(prompt)))
 
-    def _prefill(self, prompts: list[tuple[int, ...]]) -> None:
-        """Keys and values of all but the last token of each prompt, packed, at most PREFILL_TOKENS in one forward."""
-        todo = [prompt for prompt in prompts if len(prompt) > 1]
+    def _prefill(self, missing: list[tuple]) -> None:
+        """Keys and values of all but the last token of (prompt, pages), packed, at most PREFILL_TOKENS in one forward."""
+        todo = deque((prompt[:-1], pages) for prompt, pages in missing if pages)
         while todo:
             pack, total = [], 0
-            while todo and (not pack or total + len(todo[0]) <= self.PREFILL_TOKENS):
-                pack.append(todo.pop(0))
-                total += len(pack[-1])
-            lengths = [len(p) - 1 for p in pack]
-            pages = [self.prompts[p][i // self.page] for p, n in zip(pack, lengths) for i in range(n)]
-            ids_T = torch.tensor([t for p in pack for t in p[:-1]], device=self.device)
-            page_T = torch.tensor(pages, device=self.device)
+            while todo and (not pack or total + len(todo[0][0]) <= self.PREFILL_TOKENS):
+                pack.append(todo.popleft())
+                total += len(pack[-1][0])
+            lengths = [len(ids) for ids, _ in pack]
+            ids_T = torch.tensor([token for ids, _ in pack for token in ids], device=self.device)
+            page_T = torch.tensor([pages[i // self.page] for ids, pages in pack for i in range(len(ids))], device=self.device)
             cu = torch.tensor([0, *lengths], device=self.device).cumsum(0).int()
             at_T = positions(cu, len(ids_T))
 
@@ -797,12 +736,13 @@ class Sampler:
         rows_AN = self.table[:, : self._pages_for(longest)][:A].long()
         here_A, inside_A = rows_AN.gather(1, (length_A // page)[:, None])[:, 0], length_A % page
         seen = (torch.arange(rows_AN.shape[1] * page, device=self.device) <= length_A[:, None])[:, None, None]
-        heads = rows_AN[:, None] * K + torch.arange(K, device=self.device)[None, :, None]      # (A, K, N)
+        heads = (rows_AN[:, None] * K + torch.arange(K, device=self.device)[:, None]).flatten()     # of (A, K, N) tiles
 
         def attend(layer, q_AHE, k_AKE, v_AKE):
             for part, new in zip(self.cache[layer], (k_AKE, v_AKE)):
                 part[here_A, :, inside_A] = new
-            k, v = (part.flatten(0, 1)[heads].flatten(2, 3) for part in self.cache[layer])      # (A, K, keys, E)
+            k, v = (part.flatten(0, 1).flatten(1).index_select(0, heads).view(A, K, -1, self.cfg.head_dim)
+                    for part in self.cache[layer])      # (A, K, keys, E)
             # the H / K query heads that share a KV head stand as query rows, so that keys are not repeated
             out = F.scaled_dot_product_attention(q_AHE.unflatten(1, (K, -1)), k, v, attn_mask=seen)
             return out.flatten(1, 2)
@@ -834,7 +774,6 @@ class Sampler:
             mlp = [block.mlp.gate_proj, block.mlp.up_proj]
             self.fused.append((fuse(attention, "weight"), fuse(attention, "bias"), fuse(mlp, "weight")))
         chunks = -(-self.context // (self.CHUNK // 2))
-        self.pdl = self.PDL and self.device.type == "cuda"
         self.sizes, self.graphs, self.pool = graph_sizes(self.slots), {}, None
         self.capture_s = 0.0
         B, V, H, E = self.slots, self.cfg.vocab_size, self.cfg.num_attention_heads, self.cfg.head_dim
@@ -864,54 +803,37 @@ class Sampler:
         return self.graphs[size, cuts]
 
     def _fast_step(self, A: int, cuts: bool) -> None:
-        """One token for each of the first A slots. Few rows stream the weights through thin_kernel, many take cuBLAS."""
-        cfg, model, thin = self.cfg, self.model.model, A <= self.THIN
+        """One token for each of the first A slots."""
+        cfg, model = self.cfg, self.model.model
         D, H, K, E = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         V, I, B, N = cfg.vocab_size, cfg.intermediate_size, self.slots, self.table.shape[1]
-        group, scale, blocks = max(16, next_power_of_two(H // K)), math.log2(math.e) / math.sqrt(E), self.stats.shape[1]
-        chunk = self.CHUNK // 2 if A <= 128 else self.CHUNK
+        group, blocks = max(16, next_power_of_two(H // K)), self.stats.shape[1]
+        scale = math.log2(math.e) / math.sqrt(E)
+        chunk = self.CHUNK if A > 128 else self.CHUNK // 2      # few slots: more programs, of less work
         chunks = -(-self.context // chunk)
-        pdl = dict(PDL=True, launch_pdl=True) if self.pdl else dict(PDL=False)
 
         def norm(weight):
             out = torch.empty_like(x)
-            norm_kernel[A,](x, weight, out, cfg.rms_norm_eps, D, next_power_of_two(D), **pdl)
-            return out
-
-        def stream(rows, norm, weight, bias, out, width, silu=False, add=False):
-            depth, O = rows.shape[1], out.shape[1]
-            thin_kernel[triton.cdiv(O, width),](rows, rows if norm is None else norm, weight, rows if bias is None else bias,
-                                                out, A, cfg.rms_norm_eps, depth, O, max(16, next_power_of_two(A)), width, 128,
-                                                norm is not None, bias is not None, silu, add, num_stages=4, **pdl)
+            norm_kernel[A,](x, weight, out, cfg.rms_norm_eps, D, next_power_of_two(D))
             return out
 
         x = F.embedding(self.state[INPUT, :A], model.embed_tokens.weight)
-        mixed = x.new_empty(A, H * E)
-        for layer, (block, (qkv_weight, qkv_bias, gate_up_weight)) in enumerate(zip(model.layers, self.fused)):
-            first, second = block.input_layernorm.weight, block.post_attention_layernorm.weight
-            o_weight, down_weight = block.self_attn.o_proj.weight, block.mlp.down_proj.weight
-            q_norm, k_norm = (n.weight if cfg.qk_norm else x for n in (block.self_attn.q_norm, block.self_attn.k_norm))
-            if thin:
-                qkv = stream(x, first, qkv_weight, qkv_bias, x.new_empty(A, (H + 2 * K) * E), 16)
-            else:
-                qkv = F.linear(norm(first), qkv_weight, qkv_bias)
-            keys, values = self.cache[layer]
+        mixed, inner = x.new_empty(A, H * E), x.new_empty(A, I)
+        for block, (keys, values), (qkv_weight, qkv_bias, gate_up_weight) in zip(model.layers, self.cache, self.fused):
+            attention = block.self_attn
+            q_norm, k_norm = (n.weight if cfg.qk_norm else x for n in (attention.q_norm, attention.k_norm))
+            qkv = F.linear(norm(block.input_layernorm.weight), qkv_weight, qkv_bias)
             attend_kernel[A, K, chunks](qkv, keys, values, self.state, self.table, self.cos, self.sin, q_norm, k_norm,
                                         self.part, self.lse, cfg.rms_norm_eps, scale, B, N, H, K, E, self.page, chunk, chunks,
-                                        group, cfg.qk_norm, num_warps=2, num_stages=2, **pdl)
-            combine_kernel[A, K](self.part, self.lse, self.state, mixed, B, H, K, E, chunk, chunks, group, **pdl)
-            inner = x.new_empty(A, I)
-            if thin:
-                stream(mixed, None, o_weight, None, x, 16, add=True)
-                stream(x, second, gate_up_weight, None, inner, 32, silu=True)
-                stream(inner, None, down_weight, None, x, 16, add=True)
-            else:
-                x.addmm_(mixed, o_weight.t())
-                silu_mul_kernel[A, triton.cdiv(I, 1024)](F.linear(norm(second), gate_up_weight), inner, I, 1024, **pdl)
-                x.addmm_(inner, down_weight.t())
+                                        group, cfg.qk_norm, num_warps=2, num_stages=2)
+            combine_kernel[A, K](self.part, self.lse, self.state, mixed, B, H, K, E, chunk, chunks, group)
+            x.addmm_(mixed, attention.o_proj.weight.t())
+            gate_up = F.linear(norm(block.post_attention_layernorm.weight), gate_up_weight)
+            silu_mul_kernel[A, triton.cdiv(I, 1024)](gate_up, inner, I, 1024)
+            x.addmm_(inner, block.mlp.down_proj.weight.t())
         logits = mm_fp32(norm(model.norm.weight), self.model.head.t())
         if cuts:
-            least_allowed_kernel[A,](logits, self.least, self.temperature, self.top_p, self.top_k, V, BLOCK, num_warps=8, **pdl)
-        blocks_kernel[A, blocks](logits, self.least, self.temperature, self.stats, blocks, V, BLOCK, **pdl)
+            least_allowed_kernel[A,](logits, self.least, self.temperature, self.top_p, self.top_k, V, BLOCK, num_warps=8)
+        blocks_kernel[A, blocks](logits, self.least, self.temperature, self.stats, blocks, V, BLOCK)
         draw_kernel[A,](logits, self.least, self.temperature, self.greedy, self.stats, blocks, self.state, self.eos,
-                        self.tokens, self.logps, B, self.context, V, BLOCK, next_power_of_two(blocks), len(self.eos_ids), **pdl)
+                        self.tokens, self.logps, B, self.context, V, BLOCK, next_power_of_two(blocks), len(self.eos_ids))

@@ -4,14 +4,20 @@ stream against the published generator, and rollouts that do not depend on who e
 """
 
 import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from test_model import FAMILIES, loaded, randomize
-from transformers import AutoModelForCausalLM
+from test_model import FAMILIES, SMALL, loaded, randomize
+from transformers import AutoModelForCausalLM, Qwen2Config
 
+import rollout
 from model import Model, ModelConfig
-from rollout import MASK32, Request, Sampler, Sampling, draw, gumbel_noise, philox, stream_key, truncate
+from rollout import BLOCK, MASK32, Request, Sampler, Sampling, draw, gumbel_noise, philox, stream_key, truncate
 
 V = 89
 PROMPTS = [tuple((7 * i + 3 * n) % V for i in range(n)) for n in (9, 1, 20, 4, 13, 2, 6)]
@@ -22,8 +28,9 @@ def model():
     return randomize(Model(ModelConfig.from_dict(FAMILIES["qwen2-untied"].to_dict())))
 
 
-def sampler_of(model, slots=4, context=64, eos=(), seed=0, **sampling):
-    sampler = Sampler(model.cfg, slots, context, eos)
+def sampler_of(model, slots=4, context=64, eos=(), seed=0, kv_gib=0.0, fast=False, device="cpu", dtype=torch.float32,
+               page=None, **sampling):  # fmt: skip
+    sampler = Sampler(model.cfg, slots, context, eos, device, dtype, kv_gib, fast, page)
     sampler.load(model.named_parameters())
     sampler.begin(seed, Sampling(**sampling))
     return sampler
@@ -33,9 +40,9 @@ def drain(sampler):
     """{(problem, index): rollout} of all that is queued and running."""
     done = {}
     while sampler.busy:
-        for rollout in sampler.step():
-            assert (rollout.problem, rollout.index) not in done
-            done[rollout.problem, rollout.index] = rollout
+        for r in sampler.step():
+            assert (r.problem, r.index) not in done
+            done[r.problem, r.index] = r
     return done
 
 
@@ -156,6 +163,17 @@ def test_frequencies(sampling, over):
     assert torch.allclose(logp_N, whole_V.log()[token_N], atol=1e-6)
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3, top_p=0.9), Sampling(top_k=40)], ids=str)
+def test_frequencies_over_blocks(sampling, monkeypatch):
+    """A vocabulary of several blocks, the last one short: first the block, then its word, is the softmax of all words."""
+    monkeypatch.setattr(rollout, "BLOCK", 16)
+    N, logits_V = 40_000, torch.randn(75, generator=torch.Generator().manual_seed(6)) * 1.5
+    key_N = torch.tensor([stream_key(1, i, 3) for i in range(N)])
+    token_N, _ = draw(logits_V.expand(N, -1), key_N, torch.full((N,), 4), sampling)
+    allowed_V = truncate(logits_V[None] / sampling.temperature, sampling.top_p, sampling.top_k)[0]
+    chi_square(token_N.bincount(minlength=75), allowed_V.softmax(-1))
+
+
 def test_neighbours_are_independent():
     """Pairs of words at successive positions, of neighbouring rollouts, and of neighbouring words of one position."""
     N, flat = 20_000, torch.zeros(1, 8)
@@ -165,7 +183,7 @@ def test_neighbours_are_independent():
     two = draw(flat.expand(N, -1), key_N, zeros + 1, Sampling())[0]
     chi_square((one * 8 + two).bincount(minlength=64), torch.full((64,), 1 / 64))
     chi_square((one[:-1] * 8 + one[1:]).bincount(minlength=64), torch.full((64,), 1 / 64))
-    noise = gumbel_noise(key_N, zeros, 8)
+    noise = gumbel_noise(key_N, zeros, 8, zeros)
     eighths = (torch.exp(-torch.exp(-noise)) * 8).long().clamp(max=7)  # uniform again
     for v in range(7):
         chi_square((eighths[:, v] * 8 + eighths[:, v + 1]).bincount(minlength=64), torch.full((64,), 1 / 64))
@@ -180,12 +198,32 @@ def test_sampler_frequencies(model):
     chi_square(tokens.bincount(minlength=V), (logits_V / 0.8).softmax(-1))
 
 
+def by_sorting(logits_V, top_p, top_k):
+    """What stays, by the definition: sort, the first top_k, of these the fewest that hold top_p; equals of the last stay."""
+    order = logits_V.double().sort(descending=True).values[: top_k or None]
+    mass = order.softmax(-1).cumsum(-1)
+    last = order[int((mass < top_p).sum())] if top_p < 1 else order[-1]
+    return logits_V.double() >= last
+
+
+@pytest.mark.parametrize("top_p, top_k", [(0.9, 0), (0.3, 0), (1e-9, 0), (1.0, 7), (1.0, 1), (0.8, 20), (0.999, 500)])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 8.0])
+def test_truncate_equals_sorting(top_p, top_k, scale):
+    logits_AV = torch.randn(7, 600, generator=torch.Generator().manual_seed(3)) * scale - 2
+    kept_AV = truncate(logits_AV, top_p, top_k).isfinite()
+    for logits_V, kept_V in zip(logits_AV, kept_AV):
+        assert torch.equal(kept_V, by_sorting(logits_V, top_p, top_k))
+    assert kept_AV.any(-1).all()
+
+
 def test_truncate_edges():
+    """Equals of the last word stay with it: which of them a sort puts first says nothing about them."""
     logits_AV = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 0.0, 0.0, 0.0]])
-    assert torch.equal(truncate(logits_AV, 1.0, 0), logits_AV) and torch.equal(truncate(logits_AV, 1.0, 9), logits_AV)
-    assert truncate(logits_AV, 1e-9, 0).isfinite().sum(-1).tolist() == [1, 1]  # the first always stays
-    assert truncate(logits_AV, 0.75, 0).isfinite().sum(-1).tolist() == [2, 3]
+    assert torch.equal(truncate(logits_AV, 1.0, 9), logits_AV)
+    assert truncate(logits_AV, 1e-9, 0).isfinite().sum(-1).tolist() == [1, 4]  # the first always stays
+    assert truncate(logits_AV, 0.75, 0).isfinite().sum(-1).tolist() == [2, 4]
     assert truncate(logits_AV[:1], 1.0, 1).isfinite().tolist() == [[True, False, False, False]]
+    assert truncate(torch.tensor([[5.0, -3.0, -3.0, -4.0]]), 1.0, 2).isfinite().tolist() == [[True, True, True, False]]
 
 
 @pytest.mark.parametrize("bad", [dict(temperature=-1.0), dict(top_p=0.0), dict(top_p=1.5), dict(top_k=-1)])
@@ -222,10 +260,14 @@ def test_philox_known_answers():
         assert words == philox_by_hand([a, b, 0, 0], [k & MASK32, k >> 32])
 
 
-def test_noise_is_gumbel_of_its_words():
+@pytest.mark.parametrize("block", [None, 0, 5])
+def test_noise_is_gumbel_of_its_words(block):
+    """Of the blocks of a vocabulary (None) and of the words of one block."""
     key, position = stream_key(9, 8, 7), 1234
-    noise = gumbel_noise(torch.tensor([key]), torch.tensor([position]), 11)[0]  # 11: not a multiple of 4
-    words = [w for c in range(3) for w in philox_by_hand([c, position, 0, 0], [key & MASK32, key >> 32])][:11]
+    key_A, position_A = torch.tensor([key]), torch.tensor([position])
+    noise = gumbel_noise(key_A, position_A, 11, None if block is None else torch.tensor([block]))[0]  # 11: no multiple of 4
+    first, kind = (0, 1) if block is None else (block * BLOCK // 4, 0)
+    words = [w for c in range(3) for w in philox_by_hand([first + c, position, kind, 0], [key & MASK32, key >> 32])][:11]
     wanted = [-math.log(-math.log1p(-(w + 0.5) / 2**32)) for w in words]
     assert noise.tolist() == pytest.approx(wanted, abs=1e-5)
 
@@ -335,48 +377,104 @@ def test_short_ones_stream_out_and_slots_are_refilled(model):
     sampler = sampler_of(model, slots=2)
     lengths = [30, 1, 1, 4, 2, 7, 3, 3]
     sampler.add(Request(p, 0, PROMPTS[p % 7], n) for p, n in enumerate(lengths))
-    active, decode = [], sampler.model.decode
-    sampler.model.decode = lambda ids_A, *rest: active.append(len(ids_A)) or decode(ids_A, *rest)
+    active, plain_step = [], sampler._plain_step
+    sampler._plain_step = lambda A: active.append(A) or plain_step(A)
     ended = []
     while sampler.busy:
-        ended += [(r.problem, len(active)) for r in sampler.step()]
+        drawn = len(active)     # a call to step() takes in what earlier ones have launched
+        ended += [(r.problem, drawn) for r in sampler.step()]
     assert ended == [(1, 1), (2, 2), (3, 6), (4, 8), (5, 15), (6, 18), (7, 21), (0, 30)]
     assert active == [2] * 21 + [1] * 9
 
 
+def prefills(sampler):
+    """A list that grows by the number of tokens of every forward over prompts."""
+    given, run = [], sampler.model.run
+    sampler.model.run = lambda ids_T, at_T, attend: (
+        (given.append(len(ids_T)) if "_prefill" in attend.__qualname__ else None) or run(ids_T, at_T, attend))
+    return given
+
+
 @pytest.mark.parametrize("slots", [1, 4])
 def test_a_prompt_is_computed_once(model, slots):
-    """For its group and a later round of it. In one slot a quarter of the cache is less than the prompt: it was computed
-    for each rollout anew, since what had just been used was forgotten."""
+    """For its group and a later round of it, even in one slot; its last token is the first decode step's."""
     sampler = sampler_of(model, slots=slots)
-    given, prefill = [], sampler.model.prefill
-    sampler.model.prefill = lambda ids_T, *rest: given.append(len(ids_T)) or prefill(ids_T, *rest)
+    given = prefills(sampler)
     sampler.add(Request(0, i, PROMPTS[2], 3) for i in range(8))
     drain(sampler)
     sampler.add([Request(0, 8, PROMPTS[2], 3)])
     drain(sampler)
-    assert given == [20]
+    assert given == [19]
 
 
-def test_prompts_at_hand_are_bounded(model):
+def test_prompts_give_way(model):
+    """More prompts than pages: those used longest ago are forgotten, and all pages come back in the end."""
     sampler = sampler_of(model, slots=4, context=32)
-    sampler.add(Request(p, 0, tuple((p + i) % V for i in range(8)), 2) for p in range(40))
+    sampler.add(Request(p, 0, tuple((p + i) % V for i in range(18)), 2) for p in range(40))
     while sampler.busy:
         sampler.step()
-        assert sum(map(len, sampler.prompt_kv)) <= 4 * 32 // 4
+        assert sampler.held <= sampler.pages and sum(map(len, sampler.prompts.values())) <= sampler.pages
+    assert 0 < len(sampler.prompts) < 40
+    sampler.forget()
+    assert sampler.held == 0 and sorted(sampler.free) == list(range(1, sampler.pages + 1))
 
 
 def test_many_prompts_in_bounded_forwards(model, monkeypatch):
+    """Those that wait in the queue join a forward that is due."""
     monkeypatch.setattr(Sampler, "PREFILL_TOKENS", 24)
-    sampler, small = sampler_of(model, slots=16), []
-    prefill = sampler.model.prefill
-    sampler.model.prefill = lambda ids_T, *rest: small.append(len(ids_T)) or prefill(ids_T, *rest)
+    sampler = sampler_of(model, slots=2, context=128)
+    given = prefills(sampler)
     sampler.add(requests(each=1))
     found = drain(sampler)
-    assert max(small) <= 24 and sum(small) == sum(map(len, PROMPTS))
+    assert max(given) <= 24 and sum(given) == sum(len(p) - 1 for p in PROMPTS) and len(given) < len(PROMPTS) - 2
     whole = sampler_of(model, slots=1)
     whole.add(requests(each=1))
     same(found, drain(whole))
+
+
+@pytest.mark.parametrize("pages", [6, 8, 9, 14])
+@pytest.mark.parametrize("seed", range(3))
+def test_little_memory_changes_nothing(model, seed, pages):
+    """
+    Room for one context and a little more: requests wait, running rollouts are put back and drawn again, prompts are computed
+    again, and everything comes out as with room for all. Prompts around the end of a page are shared and copied. With 8 pages
+    the sampler once ran out: pages of a known prompt that no slot held yet were counted as free for what came after it.
+    """
+    rng, asked = random.Random(seed), []
+    for p in range(9):
+        length = rng.choice([1, 2, 15, 16, 17, 18, 32, 33, 40])
+        prompt = tuple(rng.randrange(V) for _ in range(length))
+        asked += [Request(p, i, prompt, rng.randrange(1, 60 - length)) for i in range(4)]
+    page_gib = 2 * model.cfg.num_hidden_layers * 48 // 2 * 16 * 4 / 2**30
+    roomy = sampler_of(model, slots=24, eos=(3,))
+    tight = sampler_of(model, slots=24, eos=(3,), kv_gib=page_gib * (pages + 0.5))
+    assert tight.pages == pages < roomy.pages
+    done = {}
+    for sampler in (roomy, tight):
+        sampler.add(asked)
+        done[sampler] = drain(sampler)
+        assert sampler.held == 0
+        sampler.forget()
+        assert sorted(sampler.free) == list(range(1, sampler.pages + 1))
+    same(done[tight], done[roomy])
+    assert roomy.preempted == 0
+
+
+def test_the_youngest_gives_way(model):
+    """Seven rollouts that begin in a page each and want four, in 14 pages: the first four are never put back."""
+    asked = [Request(p, 0, PROMPTS[5], 55) for p in range(9)]
+    roomy, tight = sampler_of(model, slots=9), sampler_of(model, slots=9, kv_gib=14.5 * 2 * 3 * 24 * 16 * 4 / 2**30)
+    for sampler in (roomy, tight):
+        sampler.add(asked)
+    order = [r.problem for _ in iter(lambda: tight.busy, False) for r in tight.step()]
+    assert tight.preempted > 0 and set(order[:3]) <= {0, 1, 2, 3} and sorted(order) == list(range(9))
+    tight.add(asked)
+    same(drain(tight), drain(roomy))
+
+
+def test_too_little_memory_for_one_rollout(model):
+    with pytest.raises(ValueError, match="KV cache hold 0 tokens, wanted room for a context of 64: raise --kv_gib or lower"):
+        sampler_of(model, kv_gib=1e-9)
 
 
 def test_a_prompt_of_one_token(model):
@@ -404,9 +502,9 @@ def test_load_changes_results_and_forgets_prompts(model):
     sampler, fresh = sampler_of(model), sampler_of(other)
     sampler.add(requests(each=1))
     before, buffer = drain(sampler), sampler.model.model.norm.weight.data_ptr()
-    assert sampler.prompt_kv
+    assert sampler.prompts
     sampler.load(other.named_parameters())
-    assert not sampler.prompt_kv and sampler.model.model.norm.weight.data_ptr() == buffer
+    assert not sampler.prompts and sampler.model.model.norm.weight.data_ptr() == buffer
     for s in (sampler, fresh):
         s.add(requests(each=1))
     after = drain(sampler)
@@ -451,3 +549,177 @@ def test_requests_that_cannot_fit(model, request_, message):
 def test_bad_sizes(model, slots, context):
     with pytest.raises(ValueError, match="sampler: wanted"):
         Sampler(model.cfg, slots, context, ())
+
+
+# --------------------------------------------------------------------------------------------------- the fast path
+# Its kernels run on CUDA, or else in Triton's interpreter, which takes a second for what takes a GPU a millisecond.
+
+kernels = pytest.mark.skipif(rollout.triton is None, reason="needs Triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@kernels
+@pytest.mark.parametrize("H, K, E", [(6, 1, 128), (7, 1, 64), (16, 2, 64), (8, 2, 32), (2, 2, 128)])
+def test_attention_kernels_equal_sdpa(H, K, E):
+    """
+    Ragged rows: one key, a page less one, a page, a chunk, several chunks, in pages of any order. The new key and value are
+    written to their place and nothing else is.
+    """
+    generator, page, chunk = torch.Generator().manual_seed(H * E), 16, 32
+    lengths = [0, 15, 16, 31, 32, 33, 70][: 7 if DEVICE == "cuda" else 5 + (H == 6)]   # keys before the new one
+    A, N = len(lengths), 5
+    table = (torch.randperm(A * N, generator=generator) + 1).view(A, N).int()
+    keys, values = torch.randn(2, A * N + 1, K, page, E, generator=generator)
+    qkv = torch.randn(A, H + 2 * K, E, generator=generator)
+    state = torch.zeros(7, A, dtype=torch.long)
+    state[rollout.LENGTH] = torch.tensor(lengths)
+    none = torch.ones(N * page, E // 2), torch.zeros(N * page, E // 2)      # no rotation
+    before = keys.clone(), values.clone()
+    on = [x.to(DEVICE) for x in (qkv, keys, values, state, table, *none, qkv, qkv)]
+    part, lse, out = (torch.full(size, torch.nan, device=DEVICE) for size in ((A, 3, H, E), (A, 3, H), (A, H * E)))
+    group = max(16, rollout.next_power_of_two(H // K))
+    scale = math.log2(math.e) / math.sqrt(E)
+    rollout.attend_kernel[A, K, 3](*on, part, lse, 1e-6, scale, A, N, H, K, E, page, chunk, 3, group, False, num_warps=2)
+    rollout.combine_kernel[A, K](part, lse, on[3], out, A, H, K, E, chunk, 3, group)
+    keys, values = on[1].cpu(), on[2].cpu()
+    for a, n in enumerate(lengths):
+        q, k_new, v_new = qkv[a].split([H, K, K])
+        for part_, old, new in ((keys, before[0], k_new), (values, before[1], v_new)):
+            assert torch.equal(part_[table[a, n // page], :, n % page], new)
+            old[table[a, n // page], :, n % page] = new
+        k, v = (x[table[a].long()].transpose(0, 1).flatten(1, 2)[:, : n + 1] for x in before)       # (K, keys, E)
+        wanted = torch.nn.functional.scaled_dot_product_attention(q[:, None], k, v, enable_gqa=True)[:, 0]
+        assert (out[a].cpu().view(H, E) - wanted).abs().max() < 2e-5, f"{n + 1} keys"
+    assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
+
+
+@kernels
+@pytest.mark.parametrize("sampling", [
+    Sampling(), Sampling(0.7, top_p=0.9), Sampling(1.3, top_k=50), Sampling(0.9, top_p=0.8, top_k=300), Sampling(0.0),
+], ids=str)  # fmt: skip
+def test_draw_kernels_equal_draw(sampling):
+    """Three blocks of words, the last one short; rows that end by EOS, by their limit, not at all, and one that has ended."""
+    V, A, C = 9001, 5, 8
+    logits = torch.randn(A, V, generator=torch.Generator().manual_seed(2)) * 3
+    state = torch.zeros(7, A, dtype=torch.long)
+    state[rollout.DRAWN] = torch.tensor([0, 3, 7, 2, 5])
+    state[rollout.LENGTH] = state[rollout.DRAWN] + 10
+    state[rollout.KEY] = torch.tensor([stream_key(0, 1, a) for a in range(A)])
+    state[rollout.LIMIT] = torch.tensor([9, 4, 9, 9, 9])
+    state[rollout.ROW] = torch.tensor([4, 2, 0, 1, 3])
+    state[rollout.DONE, 3] = 1
+    token_A, logp_A = draw(logits, state[rollout.KEY], state[rollout.DRAWN], sampling)
+    eos = torch.tensor([7, int(token_A[2])])
+    on = {name: x.clone().to(DEVICE) for name, x in dict(logits=logits, state=state, eos=eos).items()}
+    least, stats = torch.full((A,), -torch.inf, device=DEVICE), torch.zeros(A, 3, 3, device=DEVICE)
+    heat, top_p, top_k = (torch.tensor([float(x)], device=DEVICE) for x in (
+        sampling.temperature or 1, sampling.top_p if sampling.top_p < 1 else 0, sampling.top_k))  # fmt: skip
+    greedy = torch.tensor([int(sampling.temperature == 0)], dtype=torch.int32, device=DEVICE)
+    tokens = torch.full((A, C), -1, dtype=torch.int32, device=DEVICE)
+    logps = torch.full((A, C), torch.nan, device=DEVICE)
+    if sampling.cuts:
+        rollout.least_allowed_kernel[A,](on["logits"], least, heat, top_p, top_k, V, BLOCK)
+        wanted = rollout.least_allowed(logits / sampling.temperature, sampling.top_p, sampling.top_k)
+        assert torch.equal(least.cpu(), wanted)
+    rollout.blocks_kernel[A, 3](on["logits"], least, heat, stats, 3, V, BLOCK)
+    rollout.draw_kernel[A,](on["logits"], least, heat, greedy, stats, 3, on["state"], on["eos"], tokens, logps, A, C, V, BLOCK,
+                            4, 2)  # fmt: skip
+    after, tokens, logps = on["state"].cpu(), tokens.cpu(), logps.cpu()
+    assert torch.equal(after[:, 3], state[:, 3]) and (tokens[1] == -1).all()        # has ended: stands still
+    for a in (0, 1, 2, 4):
+        n, row = int(state[rollout.DRAWN, a]), int(state[rollout.ROW, a])
+        ended = int(a in (1, 2))
+        assert after[:, a].tolist() == [token_A[a], n + 11, n + 1, state[rollout.KEY, a], state[rollout.LIMIT, a], row, ended]
+        assert tokens[row, n] == token_A[a] and logps[row, n] == pytest.approx(logp_A[a].item(), abs=2e-5)
+        assert (tokens[row] != -1).sum() == 1
+
+
+@kernels
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen3-untied", "llama3-untied"])
+def test_fast_equals_plain(name, monkeypatch):
+    """Whole rollouts of each family, in the interpreter or in captured graphs, with slots that empty and are refilled."""
+    model = randomize(Model(ModelConfig.from_dict(FAMILIES[name].to_dict())))
+    if DEVICE == "cuda" and model.cfg.head_dim < 32:
+        pytest.skip("head size without a fast path")
+    monkeypatch.setattr(Sampler, "CHUNK", 32)
+    asked = [Request(p, i, PROMPTS[p], 3 + p) for p, i in ((0, 0), (2, 0), (2, 1), (4, 0))]
+    done = []
+    for fast in (False, True):
+        sampler = sampler_of(model, slots=3, context=48, eos=(3, 11), fast=fast, device=DEVICE, page=16)
+        sampler.add(asked)
+        done.append(drain(sampler))
+        assert sampler.fast == fast and sampler.held == 0
+    same(*done)
+
+
+@kernels
+def test_kernels_compile_for_a_gpu_that_is_not_here():
+    """Triton's interpreter takes what its compiler refuses: names that change their type, Python that is not Triton."""
+    code = Path(__file__).with_name("compile_kernels.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, str(code)], capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert run.stdout.split() == [
+        "attend_kernel", "blocks_kernel", "combine_kernel", "draw_kernel", "least_allowed_kernel", "norm_kernel",
+        "silu_mul_kernel",
+    ]  # fmt: skip
+
+
+def cuda(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
+
+
+BIG = dict(
+    qwen2=Qwen2Config(**SMALL | dict(vocab_size=9001, hidden_size=448), num_attention_heads=7, num_key_value_heads=1),
+    qwen2_128=Qwen2Config(**SMALL | dict(hidden_size=768), num_attention_heads=6, num_key_value_heads=1),
+    qwen3=FAMILIES["qwen3-untied"],
+)
+
+
+@cuda
+@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize("sampling", [
+    dict(), dict(temperature=0.7, top_p=0.8), dict(temperature=0.0), dict(temperature=1.3, top_p=0.9, top_k=40),
+], ids=str)  # fmt: skip
+def test_fast_equals_plain_on_cuda(name, sampling):
+    """fp32, graphs of several sizes, slots that are refilled, little memory: the tokens of the plain path."""
+    model = randomize(Model(ModelConfig.from_dict(BIG[name].to_dict())))
+    done = []
+    for fast in (False, True):
+        sampler = sampler_of(model, slots=9, context=128, eos=(3, 11), fast=fast, device="cuda", kv_gib=0.01, **sampling)
+        sampler.add(requests(each=4, max_new=70))
+        done.append(drain(sampler))
+    assert done[0].keys() == done[1].keys()
+    for key, r in done[0].items():
+        assert r.tokens == done[1][key].tokens and r.logps == pytest.approx(done[1][key].logps, abs=5e-4)
+
+
+@cuda
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])
+def test_recorded_logps_on_cuda(dtype, bound):
+    """Against the packed forward with the same weights, over responses that cross pages and chunks."""
+    model = Model(ModelConfig.from_dict(BIG["qwen2_128"].to_dict() | dict(max_position_embeddings=2048))).init_weights()
+    sampler = sampler_of(model, slots=8, context=1500, fast=True, device="cuda", dtype=dtype)
+    sampler.add(requests(each=2, max_new=1300))
+    for r in drain(sampler).values():
+        ids_T = torch.tensor([*r.prompt, *r.tokens], device="cuda")
+        rows_R = torch.arange(len(r.prompt) - 1, len(ids_T) - 1, device="cuda")
+        cu = torch.tensor([0, len(ids_T)], device="cuda").int()
+        with torch.no_grad():
+            logp_R, _ = sampler.model(ids_T, cu, len(ids_T), ids_T[rows_R + 1], rows_R)
+        assert (logp_R.cpu() - torch.tensor(r.logps)).abs().max() < bound
+
+
+@cuda
+def test_new_weights_need_no_new_graphs():
+    one, two = (randomize(Model(ModelConfig.from_dict(BIG["qwen3"].to_dict())), seed) for seed in (0, 1))
+    sampler, fresh = (sampler_of(m, fast=True, device="cuda") for m in (one, two))
+    sampler.add(requests())
+    before = drain(sampler)
+    graphs = dict(sampler.graphs)
+    sampler.load(two.named_parameters())
+    for s in (sampler, fresh):
+        s.add(requests())
+    after = drain(sampler)
+    same(after, drain(fresh))
+    assert sampler.graphs == graphs and any(after[key].tokens != before[key].tokens for key in after)
