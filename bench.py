@@ -4,7 +4,7 @@ How fast, against which ceiling: random weights of a real shape, every rollout r
     python bench.py sampler --shape qwen2.5-math-1.5b --prompts 32 --n 16 --prompt_len 128 --new 512
     python bench.py learner --shape qwen2.5-math-1.5b --prompts 32 --n 8 --prompt_len 128 --new 512
     python bench.py step    --shape qwen2.5-math-1.5b --algo grpo,grpo_skip,aero --prompts 16 --prompt_len 128 --new 512
-    torchrun --nproc_per_node 2 bench.py step ...
+    torchrun --nproc_per_node 2 -- bench.py step ...    (without `--` it would take --n for one of its own)
     python bench.py plan                                memory and traffic per GPU for three sizes on 1 to 512 GPUs
 
 `step` is a whole training step (draw, choose, update, sync) with simulated outcomes. Verdicts: a third of the problems is never
