@@ -146,6 +146,7 @@ def breakdown(action, head, device, times: int = 1) -> dict:
     Milliseconds of the GPU by kind of kernel, for each of `times` things that action does: `gaps` in which nothing ran, `head`,
     of which the parts are in the others, and `longest`, kernels of the kinds `elementwise` and `other`, where surprises are.
     """
+    torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         action()
         torch.cuda.synchronize()

@@ -17,7 +17,7 @@ The full pages of a prompt are shared by its group; the rest of it is a template
 of the prompt but its last token is computed beforehand: that token is the input of the slot's first decode step, so the
 first response token is drawn on the same path as every other. Memory follows what is written: a slot gets a page when it
 reaches one. A request that finds too few waits; when running rollouts find none, the youngest goes back to the queue and
-is drawn again, to the same tokens, since its random stream hangs on nothing else. Generation never runs out of memory.
+is drawn again, to the same tokens up to rounding, since its random stream hangs on nothing else. The cache never grows.
 
 Active slots are always the first A of B. The host owns their state between launches, a launch is a few decode steps
 (`stride`), and the device stops a slot by itself when its rollout ends.
@@ -35,10 +35,10 @@ V vocabulary, P prompt tokens, T packed tokens.
 
 import hashlib
 import math
-import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -93,6 +93,7 @@ class Rollout:
 
 MASK32 = 0xFFFFFFFF
 BLOCK = 4096        # words that are drawn from together, see draw()
+LOWEST = -2139095041    # rank of -inf among fp32 numbers, see least_allowed()
 
 
 def stream_key(seed: int, problem: int, index: int) -> int:
@@ -143,7 +144,7 @@ def least_allowed(logits_AV, top_p: float, top_k: int):
     p_AV = (logits_AV - logits_AV.amax(-1, keepdim=True)).exp()
 
     def bisect(weight_AV, wanted_A):
-        low_A = torch.full_like(rank_AV[:, 0], -(2**31))
+        low_A = torch.full_like(rank_AV[:, 0], LOWEST)
         high_A = rank_AV.amax(-1)
         for _ in range(32):
             middle_A = (low_A + high_A + 1) >> 1
@@ -151,7 +152,7 @@ def least_allowed(logits_AV, top_p: float, top_k: int):
             low_A, high_A = torch.where(enough_A, middle_A, low_A), torch.where(enough_A, high_A, middle_A - 1)
         return low_A
 
-    rank_A = torch.full_like(rank_AV[:, 0], -(2**31))
+    rank_A = torch.full_like(rank_AV[:, 0], LOWEST)
     if 0 < top_k < logits_AV.shape[1]:
         rank_A = bisect(torch.ones_like(p_AV), top_k)
     if top_p < 1:
@@ -195,7 +196,8 @@ INPUT, LENGTH, DRAWN, KEY, LIMIT, ROW, DONE = range(7)
 # the random stream. LIMIT: most of them. ROW: where they are written. DONE: ended; the slot stands still.
 
 # --------------------------------------------------------------------------------------------------------------------
-# The fast path's kernels. Statistics and sums are fp32; what is stored is rounded where the plain path rounds.
+# The fast path's kernels. Statistics and sums are fp32; what is stored is rounded where the plain path rounds, but for the
+# residual, which the matrix product adds before it rounds.
 
 if triton is not None:
 
@@ -240,7 +242,7 @@ if triton is not None:
         its value into their page.
         """
         a, k, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-        position = tl.load(state + 1 * B + a).to(tl.int32)      # of the new key; as many stand in the cache
+        position = tl.load(state + 1 * B + a).to(tl.int32)      # LENGTH: of the new key; as many stand in the cache
         first = chunk * CHUNK
         if first <= position:
             g, half, e, t = tl.arange(0, G), tl.arange(0, E // 2)[None, :], tl.arange(0, E)[None, :], tl.arange(0, PAGE)
@@ -322,7 +324,7 @@ if triton is not None:
         for first in range(0, V, BLOCK):
             peak = tl.maximum(peak, tl.load(row + first + v, first + v < V, float("-inf")) / heat)
         peak = tl.max(peak)
-        floor = tl.full([], -2147483648, tl.int64)
+        floor = tl.full([], -2139095041, tl.int64)      # LOWEST
         for by_mass in tl.static_range(2):      # the top_k words first, then top_p of their mass
             low, high = floor, tl.full([], 2147483647, tl.int64)
             wanted = p_wanted if by_mass else k_wanted
@@ -362,7 +364,7 @@ if triton is not None:
                     BLOCK: tl.constexpr, MANY: tl.constexpr, EOS: tl.constexpr):  # fmt: skip
         """draw() of one row from its blocks' statistics, then the row's state: one more token, or the end."""
         a = tl.program_id(0).to(tl.int64)
-        key, position = tl.load(state + 3 * B + a), tl.load(state + 2 * B + a)
+        key, position = tl.load(state + 3 * B + a), tl.load(state + 2 * B + a)      # KEY, DRAWN
         is_greedy, heat, floor = tl.load(greedy) != 0, tl.load(temperature), tl.load(least + a)
 
         b = tl.arange(0, MANY)
@@ -373,6 +375,7 @@ if triton is not None:
         w0, w1, w2, w3 = tl.philox(key, b // 4, zero + position.to(tl.int32), zero + 1, zero)
         word = tl.where(b % 4 == 0, w0, tl.where(b % 4 == 1, w1, tl.where(b % 4 == 2, w2, w3)))
         block = tl.argmax(tl.where(is_greedy, best, allowed + gumbel(word)), 0)
+        block = tl.minimum(block, blocks - 1)       # NaN is larger than anything, also where there is no block
         peak = tl.max(whole)
         normaliser = peak + tl.log(tl.sum(tl.exp(whole - peak)))
 
@@ -389,14 +392,14 @@ if triton is not None:
             winner = tl.maximum(value, winner)
         logp = tl.load(logits + a * V + token) / heat - normaliser
 
-        if tl.load(state + 6 * B + a) == 0:
-            place = tl.load(state + 5 * B + a) * C + position
+        if tl.load(state + 6 * B + a) == 0:                                     # not DONE
+            place = tl.load(state + 5 * B + a) * C + position                   # ROW
             tl.store(tokens + place, token)
             tl.store(logps + place, logp)
-            tl.store(state + a, token.to(tl.int64))
-            tl.store(state + 1 * B + a, tl.load(state + 1 * B + a) + 1)
-            tl.store(state + 2 * B + a, position + 1)
-            ended = position + 1 == tl.load(state + 4 * B + a)
+            tl.store(state + 0 * B + a, token.to(tl.int64))                     # INPUT
+            tl.store(state + 1 * B + a, tl.load(state + 1 * B + a) + 1)         # LENGTH
+            tl.store(state + 2 * B + a, position + 1)                           # DRAWN
+            ended = position + 1 == tl.load(state + 4 * B + a)                  # LIMIT
             for one in tl.static_range(EOS):
                 ended = ended | (token == tl.load(eos + one))
             tl.store(state + 6 * B + a, ended.to(tl.int64))
@@ -426,9 +429,9 @@ class Sampler:
     """
     One copy of the weights, one KV cache, and the rollouts that are being drawn.
 
-    slots: rollouts in flight at most; context: tokens of a prompt with its response at most. The cache gets kv_gib GiB or, by
-    default, what the slots can fill, on CUDA at most SHARE of the memory that is free now: the rest is the learner's.
-    fast: None takes the fast path where it can run.
+    slots: rollouts in flight at most; context: tokens of a prompt with its response at most. The cache gets kv_gib GiB (a
+    training run says how many, see train.plan_memory) or what the slots can fill, on CUDA at most SHARE of the memory that is
+    free now. MemoryError if that holds no context. fast: None takes the fast path where it can run.
     """
 
     PREFILL_TOKENS = 16384      # prompts computed in one forward: bounds its activations
@@ -460,8 +463,8 @@ class Sampler:
             budget = self.SHARE * torch.cuda.mem_get_info(self.device)[0]
         self.pages = min(slots * per_slot, int(budget // page_bytes) if budget else slots * per_slot)
         if self.pages < per_slot:
-            raise ValueError(f"sampler: {budget / 2**30:.2f} GiB of KV cache hold {self.pages * self.page} tokens, wanted "
-                             f"room for a context of {context}: raise --kv_gib or lower --max_new")
+            raise MemoryError(f"sampler: {budget / 2**30:.2f} GiB of KV cache hold {self.pages * self.page} tokens, wanted "
+                              f"room for a context of {context}: raise --kv_gib or lower --max_new")
         with self.device:
             # page 0 belongs to nobody: unused slots of a graph write there. Zeros: what is masked is multiplied by zero
             self.cache = torch.zeros(L, 2, self.pages + 1, K, self.page, E, dtype=dtype)
@@ -485,9 +488,9 @@ class Sampler:
         self.held = 0                                   # pages that some slot uses; all others are free or a prompt's
         self.prompts: OrderedDict[tuple[int, ...], list[int]] = OrderedDict()   # prompt -> its pages, newest last
         self.of_prompt = [False] * (self.pages + 1)
-        self.seed, self.sampling = 0, Sampling()
         if self.fast:
             self._prepare()
+        self.begin(0, Sampling())
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page)
@@ -501,15 +504,18 @@ class Sampler:
     def busy(self) -> bool:
         return bool(self.queue or self.active)
 
+    @torch.no_grad()
     def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copies new weights into the same buffers, so that graphs stay valid. Prompt keys of the old ones are forgotten."""
         self._idle("load")
+        self.forget()
         own = dict(self.model.named_parameters())
         for name, tensor in named_tensors:
+            if tensor.shape != own[name].shape:
+                raise ValueError(f"sampler: {name} is {list(tensor.shape)}, wanted {list(own[name].shape)}")
             own.pop(name).copy_(tensor)
         if own:
             raise ValueError(f"sampler: no weights were given for {', '.join(sorted(own)[:3])}")
-        self.forget()
 
     def begin(self, seed: int, sampling: Sampling) -> None:
         """Root of the random streams, and how tokens are drawn, from here on."""
@@ -650,10 +656,10 @@ class Sampler:
             self.table_BN[a, : len(pages)] = pages
         self._look_ahead(missing)
         self._prefill(missing)
-        if taken:
-            source, target = torch.tensor(taken, device=self.device).T
+        for some in (taken[i : i + 32] for i in range(0, len(taken), 32)):      # what is copied is held twice
+            source, target = torch.tensor(some, device=self.device).T
             self.cache[:, :, target] = self.cache[:, :, source]
-            for template, _ in taken:
+            for template, _ in some:
                 self._drop(template)
 
     def _reserve(self, prompt: tuple[int, ...]) -> list[int]:
@@ -665,7 +671,8 @@ class Sampler:
     def _look_ahead(self, missing: list[tuple]) -> None:
         """A forward over a few prompts takes as long as one over many: where one is due, prompts of the queue join it."""
         tokens = sum(len(prompt) for prompt, _ in missing)
-        for prompt in dict.fromkeys(request.prompt for request in self.queue) if missing else ():
+        for request in self.queue if missing else ():
+            prompt = request.prompt
             if prompt in self.prompts:
                 continue
             tokens += len(prompt)
@@ -713,18 +720,13 @@ class Sampler:
             pages, have = [self._hold(page) for page in self._take(short[a])], len(self.active[a].pages)
             self.table_BN[a, have : have + len(pages)] = pages
             self.active[a].pages += pages
+        step = partial(self._plain_step, A) if not self.fast else partial(self._fast_step, A, self.sampling.cuts)
         if self.fast and self.device.type == "cuda":
-            size = next(n for n in self.sizes if n >= A)
-            graph = self._graph(size, self.sampling.cuts)
+            step = self._graph(next(n for n in self.sizes if n >= A), self.sampling.cuts).replay
         self.state.copy_(self.host_state, non_blocking=True)
         self.table.copy_(self.host_table, non_blocking=True)
         for _ in range(self.stride):
-            if not self.fast:
-                self._plain_step(A)
-            elif self.device.type == "cuda":
-                graph.replay()
-            else:
-                self._fast_step(A, self.sampling.cuts)
+            step()
         self.launched = True
 
     # --------------------------------------------------------------------------------------------- the plain path
@@ -775,7 +777,6 @@ class Sampler:
             self.fused.append((fuse(attention, "weight"), fuse(attention, "bias"), fuse(mlp, "weight")))
         chunks = -(-self.context // (self.CHUNK // 2))
         self.sizes, self.graphs, self.pool = graph_sizes(self.slots), {}, None
-        self.capture_s = 0.0
         B, V, H, E = self.slots, self.cfg.vocab_size, self.cfg.num_attention_heads, self.cfg.head_dim
         with self.device:
             cos, sin = rope_tables(self.cfg, torch.arange(self.context))
@@ -788,7 +789,6 @@ class Sampler:
     def _graph(self, size: int, cuts: bool):
         """The captured step of `size` slots. All sizes are captured at first need, the largest first, in one memory pool."""
         if (size, cuts) not in self.graphs:
-            begun = time.perf_counter()
             self.state[DONE] = 1        # a warm-up must not write: kernels are compiled and libraries loaded before capture
             self.table.zero_()
             for n in reversed(self.sizes):
@@ -798,8 +798,6 @@ class Sampler:
                 with torch.cuda.graph(self.graphs[n, cuts], pool=self.pool):
                     self._fast_step(n, cuts)
                 self.pool = self.graphs[n, cuts].pool()
-            torch.cuda.synchronize()
-            self.capture_s += time.perf_counter() - begun
         return self.graphs[size, cuts]
 
     def _fast_step(self, A: int, cuts: bool) -> None:

@@ -482,7 +482,7 @@ def plan_memory(cfg, model_cfg, context: int, world: int, device) -> tuple[learn
     """
     bf16 = device.type == "cuda"
     token = 2 * model_cfg.num_hidden_layers * model_cfg.num_key_value_heads * model_cfg.head_dim * (2 if bf16 else 4)
-    kv = token * min(cfg.slots * (context + 128), cfg.kv_gib * 2**30 / token or math.inf)
+    kv = token * min(cfg.slots * (context + 128), cfg.kv_gib * 2**30 / token or math.inf)     # 128: two pages begun
     sizes = (model_cfg, cfg, world, learner.node_size(world))
     if not bf16:
         return learner.plan(*sizes, kv, context, bf16=False), kv
