@@ -557,7 +557,10 @@ def test_bad_sizes(model, slots, context):
 # --------------------------------------------------------------------------------------------------- the fast path
 # Its kernels run on CUDA, or else in Triton's interpreter, which takes a second for what takes a GPU a millisecond.
 
-kernels = pytest.mark.skipif(rollout.triton is None, reason="needs Triton")
+def kernels(test):
+    return pytest.mark.gpu(pytest.mark.skipif(rollout.triton is None, reason="needs Triton")(test))
+
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
