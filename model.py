@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-import logprobs
+from kernels import gradient, rotate, statistics
 
 try:
     from flash_attn import flash_attn_varlen_func  # optional: 5 to 20 % faster than the copy inside torch
@@ -249,12 +249,6 @@ def rope_tables(cfg: ModelConfig, positions_T: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-def rotate(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (i, i + E/2) of each head; computed in fp32 because the tables are."""
-    a, b = x_THE.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_THE.dtype)
-
-
 # ----------------------------------------------------------------------------------------------------------- model
 
 
@@ -270,11 +264,11 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(E, cfg.rms_norm_eps) if cfg.qk_norm else None
         self.k_norm = nn.RMSNorm(E, cfg.rms_norm_eps) if cfg.qk_norm else None
 
-    def qkv(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -299,12 +293,12 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, cu: Tensor, max_len: int) -> Tensor:
-        q, k, v = self.before(x_TD, cos, sin)
-        return self.after(x_TD, attend_packed(q, k, v, cu, max_len))
+        q, k, v = self.before(x_TD)
+        return self.after(x_TD, attend_packed(rotate(q, cos, sin), rotate(k, cos, sin), v, cu, max_len))
 
     # What stands on either side of attention; `run` calls these two around its caller's use of a cache.
-    def before(self, x_TD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.self_attn.qkv(self.input_layernorm(x_TD), cos, sin)
+    def before(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.self_attn.qkv(self.input_layernorm(x_TD))
 
     def after(self, x_TD: Tensor, out_THE: Tensor) -> Tensor:
         x_TD = x_TD + self.self_attn.o_proj(out_THE.flatten(1))
@@ -375,7 +369,8 @@ class Model(nn.Module):
         x = self.model.embed_tokens(ids_T)
         cos, sin = rope_tables(self.cfg, positions_T)
         for layer, block in enumerate(self.model.layers):
-            x = block.after(x, attend(layer, *block.before(x, cos, sin)))
+            q, k, v = block.before(x)
+            x = block.after(x, attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v))
         return self.model.norm(x)
 
 
@@ -410,9 +405,9 @@ def head_pass(hidden_RD, weight_VD, targets_R, temperature, chunk, coefficient_R
     for i in range(0, len(hidden_RD), chunk):
         rows = slice(i, i + chunk)
         z = logits_fp32(hidden_RD[rows], weight_VD, temperature)
-        logp_R[rows], entropy_R[rows], lse = logprobs.statistics(z, targets_R[rows])
+        logp_R[rows], entropy_R[rows], lse = statistics(z, targets_R[rows])
         if need_hidden or need_weight:
-            dz = logprobs.gradient(z, targets_R[rows], lse, coefficient_R[rows] / temperature, weight_VD.dtype)
+            dz = gradient(z, targets_R[rows], lse, coefficient_R[rows] / temperature, weight_VD.dtype)
             del z  # 2.5 GB that the products below need not stand beside
             if need_hidden:
                 d_hidden[rows] = dz @ weight_VD

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import model as module
+from kernels import rotate
 from model import (
     Model,
     ModelConfig,
@@ -308,25 +309,47 @@ def test_known_coefficients_change_nothing(dtype, needs):
 
 
 INTERPRETED = """
-import torch, logprobs
+import torch, kernels
 for V in (100, 5000, 8192):     # one block that is not full, several, several that are
     z, targets, scale = torch.randn(3, V) * 4, torch.tensor([0, 7, V - 1]), torch.randn(3)
     got = [torch.empty(3) for _ in range(3)]
-    logprobs.statistics_kernel[3,](z, targets, *got, V, BLOCK=4096)
-    for a, b in zip(got, logprobs.statistics(z, targets)):
+    kernels.statistics_kernel[3,](z, targets, *got, V, BLOCK=4096)
+    for a, b in zip(got, kernels.statistics(z, targets)):
         assert (a - b).abs().max() < 1e-4, (V, a, b)
     dz = torch.empty(3, V)
-    logprobs.gradient_kernel[3, -(-V // 4096)](z, targets, got[2], scale, dz, V, BLOCK=4096)
-    assert (dz - logprobs.gradient(z, targets, got[2], scale, torch.float32)).abs().max() < 1e-5
+    kernels.gradient_kernel[3, -(-V // 4096)](z, targets, got[2], scale, dz, V, BLOCK=4096)
+    assert (dz - kernels.gradient(z, targets, got[2], scale, torch.float32)).abs().max() < 1e-5
+for H, E in ((6, 32), (1, 64), (7, 128)):
+    x, angle = torch.randn(4, H, E), torch.randn(4, 1, E // 2)
+    out = torch.full_like(x, torch.nan)
+    kernels.rotate_kernel[4,](x, angle.cos(), angle.sin(), out, H, E, 8)
+    assert (out - kernels.rotate(x, angle.cos(), angle.sin())).abs().max() < 1e-6
 """
 
 
 def test_kernels_interpreted():
-    """The Triton kernels of logprobs.py by Triton's interpreter against the torch operations that a CPU uses."""
+    """The Triton kernels of kernels.py by Triton's interpreter against the torch operations that a CPU uses."""
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(module.__file__)}
     run = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def rotated_by_hand(x_THE, angle):
+    """Complex numbers: pair (i, i + E/2) times e^(i angle)."""
+    a, b = x_THE.chunk(2, -1)
+    z = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)
+    return torch.cat((z.real, z.imag), -1)
+
+
+def test_rotate():
+    """Values and gradients."""
+    x, grad, angle = (torch.randn(*size, dtype=torch.double) for size in ((5, 3, 8), (5, 3, 8), (5, 1, 4)))
+    mine, wanted = (x.clone().requires_grad_() for _ in range(2))
+    out, by_hand = rotate(mine, angle.cos(), angle.sin()), rotated_by_hand(wanted, angle)
+    out.backward(grad)
+    by_hand.backward(grad)
+    assert (out - by_hand).abs().max() < 1e-12 and (mine.grad - wanted.grad).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("known", [None, torch.empty(0)])
@@ -646,6 +669,19 @@ def test_packed_attention_equals_sdpa_in_fp32(backend, H, K, E):
     errors = [relative(got, wanted) for got, wanted in zip(*results)]
     print(f"{backend} {H} x {K} x {E}: relative errors of out, dq, dk, dv", *(f"{e:.2%}" for e in errors))
     assert max(errors) < 6e-3
+
+
+@cuda
+@pytest.mark.parametrize("H, E", [(12, 128), (2, 128), (7, 64), (6, 24)])
+def test_rotate_on_cuda(H, E):
+    """Heads that fill no power of two, and a head size that takes torch's operations; bf16 against fp32 on the CPU."""
+    x, grad, angle = torch.randn(300, H, E).bfloat16(), torch.randn(300, H, E).bfloat16(), torch.randn(300, 1, E // 2) * 100
+    mine, wanted = x.cuda().requires_grad_(), x.float().requires_grad_()
+    out = rotate(mine, angle.cos().cuda(), angle.sin().cuda())
+    out.backward(grad.cuda())
+    rotate(wanted, angle.cos(), angle.sin()).backward(grad.float())
+    assert relative(out.cpu(), rotate(wanted, angle.cos(), angle.sin())) < 3e-3
+    assert relative(mine.grad.cpu(), wanted.grad) < 3e-3
 
 
 @cuda
