@@ -628,9 +628,9 @@ class Sampler:
         Free slots take requests in order while there are pages: for all that running rollouts may still need, or, where the
         cache is smaller than that, for one more each.
         """
-        taken, missing = [], []
-        if not self.queue:
+        if not self.queue or len(self.active) == self.slots:
             return
+        taken, missing = [], []
         owed = sum(self._most_pages(s.request) - len(s.pages) for s in self.active)
         while self.queue and len(self.active) < self.slots:
             request, begun = self.queue[0], len(self.queue[0].prompt) - 1      # all but the last token
