@@ -442,9 +442,7 @@ def prepare(cfg: Config):
     held_out = {}
     for spec in filter(None, cfg.eval_data.split(",")):
         some = data.load(spec, tokenizer, cfg.template, cfg.eval_limit, max_prompt=room)
-        if some.report.name in held_out:
-            raise ValueError(f"--eval_data {cfg.eval_data}: two sets of the name {some.report.name}")
-        held_out[some.report.name] = some
+        held_out[eval.free_name(some.report.name, held_out)] = some
     return model_cfg, tokenizer, problems, held_out
 
 
@@ -510,7 +508,7 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
     # progress is all that a checkpoint needs beside weights and optimizer: random streams are functions of the step
     progress, found = dict(step=0, cursor=0, totals={}, skipped=0, in_a_row=0, best=None, row=None), checkpoints(run)
     if found:
-        progress = load_checkpoint(found[-1], model, optimizer)
+        progress |= load_checkpoint(found[-1], model, optimizer)     # one of an older version may lack a key
     step = progress["step"]     # optimizer batches done
     stop, log = Stop(), report.Log(run, step, cfg, rank, pending=bool(progress["row"]))
     if rank == 0:
