@@ -394,8 +394,12 @@ def export(folder: Path, model, model_cfg, tokenizer, card: str, rank: int) -> N
         kind = model_cfg.raw.get("dtype") or model_cfg.raw.get("torch_dtype") or "float32"
         save_folder(partial, model_cfg, weights, tokenizer, getattr(torch, kind))
         (partial / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
+        old = folder.with_suffix(".old")    # renamed, so that a kill during the slow removal leaves a whole folder
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -590,7 +594,8 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
             break
         clock = Clock(device)   # The row is on disk before the checkpoint is, or a kill between them would lose it: the
         close_step(metrics, evaluated)                          # time of saving belongs to the next row.
-        if step % cfg.save_every == 0 or step == cfg.steps:
+        is_best = progress["best"] and progress["best"]["step"] == step     # best/ and progress agree after a kill too
+        if step % cfg.save_every == 0 or step == cfg.steps or is_best:
             save_checkpoint(run, progress, model, optimizer, rank)
         clock.phase("save")
     log.close()
