@@ -155,6 +155,16 @@ def test_the_log(tmp_path, capsys, monkeypatch):
     assert purged == [2, 3]
 
 
+def test_the_bar_is_where_the_terminal_is(tmp_path, capsys, monkeypatch):
+    """Whether stdout is a terminal decided about a bar on stderr: `2> file` got it, redrawn line after line."""
+    monkeypatch.setattr(report.sys.stdout, "isatty", lambda: True, raising=False)
+    log = report.Log(tmp_path, 0, SimpleNamespace(steps=4), 0, pending=False)
+    log.step(1, row_of(), {})
+    log.close()
+    out, err = capsys.readouterr()
+    assert "1/4" in out and "left" in out and not err
+
+
 def test_a_run_without_evaluation(tmp_path):
     """Its closing table was a header over nothing, and its card explained the error of scores that it did not have."""
     totals = dict(rollout_flops=1.0, train_flops=1.0, reference_flops=4.0, drawn=8, trained=4, tokens=9)
