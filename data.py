@@ -18,11 +18,13 @@ No row is dropped in silence: `load(...).report` names the number and reason of 
 import ast
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
 import random
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,6 +229,8 @@ def hub_rows(spec: str, name: str, config=None, split=None, revision=None, **opt
         if split not in found:
             raise ValueError(f"{spec}: found splits {', '.join(found)}; wanted one of them, as in {name}:{next(iter(found))}")
         found = found[split]
+    elif config or split:
+        raise ValueError(f"{spec}: one data set without splits, wanted {name} alone")
     commit = re.search(r"@([0-9a-f]{40})/", " ".join(found.info.download_checksums or ()))
     return found, commit[1][:12] if commit else revision or ""
 
@@ -251,12 +255,15 @@ def parse_gold(gold) -> str | list[str]:
     The answer, or the list of accepted answers, as strings. Raises Unusable with the reason.
 
     27.0 -> "27"; "025" -> "25", as AIME pads; "9*2=18\\n#### 1,234" -> "1,234"; "so \\boxed{7}" -> "7";
-    ["8\\n", "8"] -> "8"; "['8', '10']" -> ["8", "10"]; "[8, 10]" stays as it is, an interval.
+    ["8\\n", "8"] -> "8"; "['8', '10']" -> ["8", "10"]; "[8, 10]" stays as it is, an interval. "['8' '10']", as numpy prints
+    lists, is refused: Python reads it as ["810"].
     """
     if isinstance(gold, str) and re.match(r"""\s*\[\s*['"]""", gold):
         # a list written as a string; in Python's notation LaTeX has its backslashes doubled, in a careless one it has not
         careless = re.search(r"""(?<!\\)\\(?:[^\\'"n]|n[a-z])""", gold)
         literal = gold.replace("\\", "\\\\") if careless else gold
+        if re.search(r"_\s*_", re.sub(r"""(['"])(?:\\.|(?!\1)[^\\])*\1""", "_", literal)):
+            raise Unusable("answer is a list without commas")
         try:
             gold = ast.literal_eval(literal.strip())
         except (ValueError, SyntaxError):
@@ -346,7 +353,15 @@ def encoder(tokenizer, template: str) -> Callable[[str | list[dict]], tuple[int,
                 ids.append(special[piece])
             else:
                 text = re.sub("\ue000\\d+\ue001", lambda slot: slots[slot[0]], piece)
-                ids += tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+                found = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False,
+                                  return_offsets_mapping=True)
+                read = set(itertools.chain(*itertools.starmap(range, found.offset_mapping)))
+                lost = [c for i, c in enumerate(text) if i not in read and unicodedata.category(c)[0] not in "CMZ"]
+                if lost:    # and nothing was put in their place; white space, controls and accents are a normaliser's business
+                    raise Unusable("characters that the tokenizer does not know")
+                ids += found.input_ids
+        if not ids:
+            raise Unusable("prompt of no tokens")
         return tuple(ids if ids[:1] == bos else bos + ids)
 
     return encode
@@ -375,7 +390,7 @@ def load(spec: str, tokenizer, template: str = "qwen_math", limit: int = 0, max_
 
     template: qwen_math, r1, none, chat, a file, or a format string with {question}; limit: how many at most, 0 is all;
     max_prompt: tokens of the longest prompt, 0 is any. Left out, with a note in the report: rows without a usable
-    answer, too long prompts, and all but the first of rows with the same problem. Raises ValueError or
+    answer, too long prompts, and all but the first of rows with the same prompt. Raises ValueError or
     FileNotFoundError, one line, for what cannot be read, and when no row is usable.
     """
     encode = encoder(tokenizer, template)
@@ -387,18 +402,17 @@ def load(spec: str, tokenizer, template: str = "qwen_math", limit: int = 0, max_
         columns.update(dict.fromkeys(row))
         try:
             question, gold, level = parse_row(row)
-            key = json.dumps(question, default=str)
-            if key in golds:
-                raise Unusable("duplicate" if golds[key] == gold else "duplicate with another answer")
-            golds[key] = gold
             if complaint := reward.check_gold(gold):
                 raise Unusable(re.sub(r"""(['"]).*\1 """, "", complaint))  # without the quoted answer, so that rows group
             prompt = encode(question)
             if max_prompt and len(prompt) > max_prompt:
                 raise Unusable(f"prompt longer than {max_prompt} tokens")
+            if prompt in golds:
+                raise Unusable("duplicate" if golds[prompt] == gold else "duplicate with another answer")
         except Unusable as reason:
             report.dropped.setdefault(str(reason), []).append(report.rows)
             continue
+        golds[prompt] = gold
         text = question if isinstance(question, str) else question[-1]["content"]
         problems.append(Problem(len(problems), prompt, gold, text.strip(), level))
         if len(problems) == limit:

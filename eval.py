@@ -30,7 +30,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -199,8 +199,10 @@ def table(results: dict[str, dict]) -> str:
             label = f"  level {level.removeprefix('Level ')}"
             lines.append([label, str(part["n"]), "", f"{part['avg_at_k']:.3f}", "", *passes, "", "", ""])
     names = ("model", "template", "temperature", "top_p", "top_k", "max_new", "seed", "grader")
-    settings = ", ".join(f"{name} {s[name]}" for name in names if name in s)
-    return f"{columns(lines)}\n{settings}"
+    settings = {name: ", ".join(f"{key} {s[key]}" for key in names if key in s) for name, s in results.items()}
+    if len(set(settings.values())) > 1:  # files to regrade may come from several evaluations
+        settings = {name: f"{name}: {line}" for name, line in settings.items()}
+    return "\n".join([columns(lines), *dict.fromkeys(settings.values())])
 
 
 def save(folder: Path, name: str, records: list[dict], summary: dict) -> None:
@@ -245,6 +247,17 @@ def parse(argv: list[str] | None) -> Config:
     return cfg
 
 
+def free_name(name: str, taken) -> str:
+    """The first of NAME, NAME-2, NAME-3, ... that is not taken: two sets of one name are two sets."""
+    return next(n for n in chain([name], (f"{name}-{i}" for i in count(2))) if n not in taken)
+
+
+def keep_old(out: str, name: str) -> None:
+    """Raises ValueError where `save` would write over responses."""
+    if out and Path(out, f"{name}.jsonl").exists():
+        raise ValueError(f"--out {out} holds {name}.jsonl already, wanted another folder")
+
+
 def read_saved(path: Path) -> tuple[list[dict], dict]:
     """Records and summary that `save` wrote. Raises FileNotFoundError or ValueError when they are not such."""
     if not path.is_file():
@@ -256,7 +269,10 @@ def read_saved(path: Path) -> tuple[list[dict], dict]:
         if missing:
             raise ValueError(f"--regrade {path} row {number}: lacks {missing}, so it is no saved response")
     summary = path.with_suffix(".json")
-    return records, summarise(records) | (json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {})
+    try:
+        return records, summarise(records) | (json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {})
+    except ValueError as error:
+        raise ValueError(f"--regrade {path}: {error}") from None
 
 
 def load_tokenizer(folder: str | Path, vocab_size: int) -> PreTrainedTokenizerFast:
@@ -291,10 +307,8 @@ def prepare(cfg: Config):
     sets = {}
     for spec in cfg.data:
         problems = data.load(spec, tokenizer, cfg.template, cfg.limit, max_prompt=context - cfg.max_new)
-        name = problems.report.name
-        name = f"{name}-{len(sets) + 1}" if name in sets else name
-        if cfg.out and Path(cfg.out, f"{name}.jsonl").exists():
-            raise ValueError(f"--out {cfg.out} holds {name}.jsonl already, wanted another folder, or --regrade")
+        name = free_name(problems.report.name, sets)
+        keep_old(cfg.out, name)
         sets[name] = problems
     with torch.device("meta"):
         model = Model(model_cfg).to(torch.bfloat16 if torch.cuda.is_available() else torch.float32)
@@ -339,16 +353,26 @@ def run(cfg: Config, rank: int, world: int, model, model_cfg, tokenizer, sets) -
     return results
 
 
-def run_regrade(cfg: Config, saved: dict[Path, tuple[list[dict], dict]]) -> dict[str, dict]:
-    """Summaries by file, with the settings the responses were drawn with. Files are written only where --out says."""
+def prepare_regrade(cfg: Config) -> dict[str, tuple[str, list[dict], dict]]:
+    """{name: (file, its records, its summary)}"""
+    saved = {}
+    for file in cfg.regrade:
+        name = free_name(Path(file).stem, saved)
+        keep_old(cfg.out, name)
+        saved[name] = file, *read_saved(Path(file))
+    return saved
+
+
+def run_regrade(cfg: Config, saved: dict[str, tuple[str, list[dict], dict]]) -> dict[str, dict]:
+    """Summaries by name, with the settings the responses were drawn with. Files are written only where --out says."""
     grader = reward.Grader(cfg.workers)
     results = {}
-    for path, (records, before) in saved.items():
+    for name, (file, records, before) in saved.items():
         fresh = regrade(records, grader)
-        print(f"{path}: {sum(a['score'] != b['score'] for a, b in zip(records, fresh))} of {len(fresh)} scores changed")
-        results[path.stem] = before | summarise(fresh) | {"grader": grader_version()}
+        print(f"{file}: {sum(a['score'] != b['score'] for a, b in zip(records, fresh))} of {len(fresh)} scores changed")
+        results[name] = before | summarise(fresh) | {"grader": grader_version()}
         if cfg.out:
-            save(Path(cfg.out), path.stem, fresh, results[path.stem])
+            save(Path(cfg.out), name, fresh, results[name])
     grader.close()
     return results
 
@@ -357,12 +381,14 @@ def main(argv: list[str] | None = None) -> int:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         cfg = parse(argv)
+        if rank and (cfg.compare or cfg.regrade):
+            return 0  # nothing to share: under torchrun one rank works
         if cfg.compare:
             import report  # matplotlib and TensorBoard, which nothing else here needs
 
             shown, results = report.compare(cfg.compare, Path(cfg.out or ".", "compare.png"))
         elif cfg.regrade:
-            saved = {Path(file): read_saved(Path(file)) for file in cfg.regrade}
+            saved = prepare_regrade(cfg)
         else:
             inputs = prepare(cfg)
     except (ValueError, OSError) as error:

@@ -394,8 +394,12 @@ def export(folder: Path, model, model_cfg, tokenizer, card: str, rank: int) -> N
         kind = model_cfg.raw.get("dtype") or model_cfg.raw.get("torch_dtype") or "float32"
         save_folder(partial, model_cfg, weights, tokenizer, getattr(torch, kind))
         (partial / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
+        old = folder.with_suffix(".old")    # renamed, so that a kill during the slow removal leaves a whole folder
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -442,9 +446,7 @@ def prepare(cfg: Config):
     held_out = {}
     for spec in filter(None, cfg.eval_data.split(",")):
         some = data.load(spec, tokenizer, cfg.template, cfg.eval_limit, max_prompt=room)
-        if some.report.name in held_out:
-            raise ValueError(f"--eval_data {cfg.eval_data}: two sets of the name {some.report.name}")
-        held_out[some.report.name] = some
+        held_out[eval.free_name(some.report.name, held_out)] = some
     return model_cfg, tokenizer, problems, held_out
 
 
@@ -510,7 +512,7 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
     # progress is all that a checkpoint needs beside weights and optimizer: random streams are functions of the step
     progress, found = dict(step=0, cursor=0, totals={}, skipped=0, in_a_row=0, best=None, row=None), checkpoints(run)
     if found:
-        progress = load_checkpoint(found[-1], model, optimizer)
+        progress |= load_checkpoint(found[-1], model, optimizer)     # one of an older version may lack a key
     step = progress["step"]     # optimizer batches done
     stop, log = Stop(), report.Log(run, step, cfg, rank, pending=bool(progress["row"]))
     if rank == 0:
@@ -592,7 +594,8 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
             break
         clock = Clock(device)   # The row is on disk before the checkpoint is, or a kill between them would lose it: the
         close_step(metrics, evaluated)                          # time of saving belongs to the next row.
-        if step % cfg.save_every == 0 or step == cfg.steps:
+        is_best = progress["best"] and progress["best"]["step"] == step     # best/ and progress agree after a kill too
+        if step % cfg.save_every == 0 or step == cfg.steps or is_best:
             save_checkpoint(run, progress, model, optimizer, rank)
         clock.phase("save")
     log.close()

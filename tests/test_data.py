@@ -12,9 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+import base
 import data
 import reward
 
@@ -80,7 +81,7 @@ def test_arithmetic_is_right():
     for example in data.arithmetic(3, 800) + data.arithmetic(3, 200, held_out=True):
         seen = []
         assert value(ast.parse(example.text, mode="eval").body, seen) == Fraction(example.answer)
-        assert len(seen) == example.level and all(0 <= v <= 999 for v in seen)
+        assert len(seen) == example.level and all(0 <= v <= 99 for v in seen)
         *steps, last = example.solution.split("\n")
         assert last == f"\\boxed{{{example.answer}}}"
         for step, expected in zip(steps, seen, strict=True):
@@ -91,7 +92,7 @@ def test_arithmetic_is_right():
 
 def test_arithmetic_operands_grow_with_the_level():
     for level in range(1, 9):
-        largest = 9 + 15 * max(0, level - 2)
+        largest = 9 + 5 * max(0, level - 4)
         for example in data.arithmetic(0, 200, (level, level)):
             tree = ast.parse(example.text, mode="eval").body
             while isinstance(tree, ast.BinOp):
@@ -226,6 +227,47 @@ def test_every_row_is_accounted_for(tokenizer, write):
     }
     text = str(problems.report)
     assert "2 problems of 18 rows read" in text and "3 left out: no answer (row 4, 5, 16)" in text and "\n" not in text
+
+
+def test_a_duplicate_is_one_of_a_row_in_use(tokenizer, write):
+    """A row without an answer took the place of the good one behind it; "a", " a" and messages of "a" are one prompt."""
+    turns = [{"role": "user", "content": "a"}]
+    rows = [{"problem": "a", "answer": "\\text{}"}, {"problem": "a", "answer": "2"}, {"problem": " a", "answer": "2"},
+            {"prompt": turns, "answer": "3"}]  # fmt: skip
+    problems = data.load(write(rows), tokenizer, "none")
+    assert [p.gold for p in problems] == ["2"] and list(problems.report.dropped.values())[1:] == [[3], [4]]
+    assert list(problems.report.dropped)[1:] == ["duplicate", "duplicate with another answer"]
+
+
+def test_lists_as_numpy_prints_them(tokenizer, write):
+    """Python joins strings with nothing between them: the gold of "['8' '10']" was 810."""
+    golds = ["['8' '10']", "['a'\n \"b\"]", "['\\' \\'']", "['it''s']", "['x', ' ', 'y']", "['1']"]
+    problems = data.load(write([{"problem": str(i), "answer": g} for i, g in enumerate(golds)]), tokenizer, "none")
+    assert problems.report.dropped["answer is a list without commas"] == [1, 2, 4]
+    assert problems[-1].gold == "1"
+
+
+def test_prompts_that_lose_their_text(write):
+    """A tokenizer without an unknown token says nothing for what it lacks: "3 % 2" became "3  2", and a prompt of such
+    characters alone had no tokens, on which the sampler failed. What only a normaliser changes is no loss."""
+    letters = base.character_tokenizer()
+    rows = [{"problem": q, "answer": "1"} for q in ("1+1", "3 \u20ac 2", "\u03c0\u221a")]
+    problems = data.load(write(rows), letters, "none")
+    assert [p.text for p in problems] == ["1+1"]
+    assert problems.report.dropped == {"characters that the tokenizer does not know": [2, 3]}
+    core = Tokenizer(models.WordLevel({"x": 0, "cafe": 1}, unk_token="x"))
+    core.normalizer = normalizers.Sequence([normalizers.BertNormalizer(), normalizers.Strip()])
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    lower = PreTrainedTokenizerFast(tokenizer_object=core)
+    assert data.encoder(lower, "none")("Cafe\u0301\u200b  caf\u00e9\t") == (1, 1)
+    with pytest.raises(data.Unusable, match="prompt of no tokens"):
+        data.encoder(lower, "none")("\u200b")
+    core = Tokenizer(models.BPE())
+    core.normalizer, core.pre_tokenizer = normalizers.NFC(), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(["e"], trainers.BpeTrainer(initial_alphabet=alphabet, show_progress=False))
+    bytes_ = data.encoder(PreTrainedTokenizerFast(tokenizer_object=core), "none")
+    assert bytes_("e\u0301  \u6570\u5b66 \U0001d54f\n\n  x") == bytes_("\u00e9  \u6570\u5b66 \U0001d54f\n\n  x")
 
 
 def test_limit_and_report(tokenizer, write):
@@ -438,6 +480,8 @@ def test_parquet_and_folders(tokenizer, tmp_path):
     for spec in ("x.parquet", "disk", "folder", "folder:test", "both:test"):
         problems = data.load(str(tmp_path / spec), tokenizer, "none")
         assert [p.gold for p in problems] == golds and problems.report.rows == len(rows)
+    with pytest.raises(ValueError, match=r"disk:test: one data set without splits, wanted .*disk alone"):
+        data.load(f"{tmp_path / 'disk'}:test", tokenizer, "none")  # the split was ignored
     assert data.load(str(tmp_path / "verl.parquet"), tokenizer, "none")[0].gold == "34"
     with pytest.raises(ValueError, match="both: found splits train, test; wanted one"):
         data.load(str(tmp_path / "both"), tokenizer, "none")

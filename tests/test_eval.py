@@ -199,6 +199,8 @@ def test_table():
         "another           1  2  0.500          0.500   1.000              0.000     0.000      10",
         "seed 7, grader abc",
     ]
+    results["another"]["seed"] = 8  # the line was that of the last set, whatever the others were drawn with
+    assert evaluation.table(results).split("\n")[-2:] == ["one: seed 7, grader abc", "another: seed 8, grader abc"]
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -246,6 +248,37 @@ def test_command_on_one_and_two_ranks(folder, tmp_path):
     again = command("--regrade", tmp_path / "one" / "mine.jsonl")
     assert again.returncode == 0 and "0 of 9 scores changed" in again.stdout
     assert json.loads(again.stdout.split("\n")[-2]) == {"mine": results["mine"]}
+
+
+def test_names_are_free():
+    """The third of a-3, a, a was called a-3 as well, and took the place of the first."""
+    taken = []
+    for name in ("a-3", "a", "a", "a"):
+        taken.append(evaluation.free_name(name, taken))
+    assert taken == ["a-3", "a", "a-2", "a-4"]
+
+
+def test_regrade_of_two_files_of_one_name(tmp_path, capsys, monkeypatch):
+    """The second one's scores stood in the place of the first's, and --out wrote over what it was to regrade. Under torchrun
+    every rank graded and wrote."""
+    for folder, answer in (("a", "1"), ("b", "2")):
+        record = records_of([[0]])[0] | {"sample": 0, "prompt": "q", "response": "\\boxed{1}", "gold": answer}
+        evaluation.save(tmp_path / folder, "x", [record], {"seed": 3})
+    files = [str(tmp_path / folder / "x.jsonl") for folder in "ab"]
+    monkeypatch.setenv("RANK", "1")
+    assert evaluation.main(["--regrade", *files, "--out", str(tmp_path / "new")]) == 0
+    assert not capsys.readouterr().out and not (tmp_path / "new").exists()
+    monkeypatch.delenv("RANK")
+    assert evaluation.main(["--regrade", *files, "--out", str(tmp_path / "new")]) == 0
+    out = capsys.readouterr().out
+    assert {name: s["avg_at_k"] for name, s in json.loads(out.splitlines()[-1]).items()} == {"x": 1.0, "x-2": 0.0}
+    assert f"{files[0]}: 1 of 1 scores changed" in out and len(list((tmp_path / "new").glob("*.jsonl"))) == 2
+    before = Path(files[0]).read_bytes()
+    assert "holds x.jsonl already" in refused(capsys, "--regrade", *files, "--out", tmp_path / "a")
+    assert Path(files[0]).read_bytes() == before
+    for rows, found in (([[1, 0], [1]], "1 or 2"), ([], "no")):
+        (tmp_path / "r.jsonl").write_text("".join(json.dumps(record | r) + "\n" for r in records_of(rows)))
+        assert f"r.jsonl: found {found} responses to a problem" in refused(capsys, "--regrade", tmp_path / "r.jsonl")
 
 
 def refused(capsys, *arguments) -> str:

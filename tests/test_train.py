@@ -150,9 +150,10 @@ def without_clocks(rows):
 
 
 def same_run(run, wanted):
-    """Bit for bit: metrics but for clocks, samples, evaluations, the model."""
+    """Bit for bit: metrics but for clocks, samples, evaluations, both models."""
     assert without_clocks(run.rows) == without_clocks(wanted.rows)
-    for name in ("rollouts.jsonl", "model/model.safetensors", "eval/held-step4.json", "eval/held-step4.jsonl"):
+    for name in ("rollouts.jsonl", "model/model.safetensors", "best/model.safetensors", "eval/held-step4.json",
+                 "eval/held-step4.jsonl"):
         assert (run.folder / name).read_bytes() == (wanted.folder / name).read_bytes(), name
     assert run.checkpoints[-1] == wanted.checkpoints[-1]
 
@@ -324,10 +325,12 @@ def test_bad_model(refused, student, tmp_path, message, damage):
     refused(message, "--model", tmp_path / "model")
 
 
-def test_two_evaluation_sets_of_one_name(refused, student, tmp_path):
-    """The second silently took the place of the first."""
+def test_two_evaluation_sets_of_one_name(flags, student, tmp_path):
+    """The second silently took the place of the first, then was refused; now it is numbered, as in eval.py."""
     (tmp_path / "held.jsonl").write_bytes(student.data.read_bytes())
-    refused("held", "--eval_data", f"{student.held},{tmp_path / 'held.jsonl'}")
+    both = f"{student.held},{tmp_path / 'held.jsonl'}"
+    *_, held_out = train.prepare(parse([str(f) for f in (*flags, "--eval_data", both)]))
+    assert [(name, p[0].text) for name, p in held_out.items()] == [("held", "e0"), ("held-2", "a0")]
 
 
 def test_output_folder_of_something_else(refused, tmp_path):
@@ -939,9 +942,21 @@ def test_killed_and_resumed(reference, out, flags):
     (run.folder / "model.partial").mkdir()
     with open(run.folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "reward/me')  # the row that was being written
+    path = run.folder / "checkpoints" / "step_2" / "progress.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "row"}))  # of an older version
     again = finished(run.folder, flags)
     assert "resumed from" in again.text and "step 2 of 4" in again.text
     same_run(again, reference)
+
+
+@pytest.mark.slow
+def test_best_and_its_checkpoint_agree(out, flags):
+    """best/ was a step's of which no checkpoint knew until the next one was due."""
+    run = Run(out / "best", [*flags, "--save_every", 9], hook=killed("report.Log.step", 3))
+    assert run.wait() == -signal.SIGKILL and run.checkpoints == ["step_2"]
+    progress = json.loads((run.folder / "checkpoints" / "step_2" / "progress.json").read_text())
+    assert progress["best"]["step"] == 2 and "# best, step 2\n" in (run.folder / "best" / "README.md").read_text()
+    assert sorted(p.name for p in run.folder.glob("best*")) == ["best"]
 
 
 @pytest.mark.slow
@@ -986,7 +1001,7 @@ def test_terminated_and_resumed(reference, out, flags, hook, at, request):
     again by the same command, which then writes the row of its step."""
     folder, more = out / request.node.callspec.id.replace(" ", "-"), [*flags, "--save_every", 9]
     run = finished(folder, more, hook=hook)
-    assert run.checkpoints == [f"step_{at}"]
+    assert run.checkpoints[-1] == f"step_{at}"
     assert f"stopped by a signal at step {at} of 4; the same command goes on from there" in run.text
     assert not (run.folder / "model").exists()
     same_run(finished(folder, more), reference)
