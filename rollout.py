@@ -405,10 +405,6 @@ if triton is not None:
             tl.store(state + 6 * B + a, ended.to(tl.int64))
 
 
-def next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def graph_sizes(slots: int) -> list[int]:
     """Numbers of slots to capture a step for: powers of two, then eighths of all, 1 2 4 .. 64 128 192 .. 512 for 512."""
     eighth = max(1, slots // 8)
@@ -805,14 +801,14 @@ class Sampler:
         cfg, model = self.cfg, self.model.model
         D, H, K, E = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
         V, I, B, N = cfg.vocab_size, cfg.intermediate_size, self.slots, self.table.shape[1]
-        group, blocks = max(16, next_power_of_two(H // K)), self.stats.shape[1]
+        group, blocks = max(16, triton.next_power_of_2(H // K)), self.stats.shape[1]
         scale = math.log2(math.e) / math.sqrt(E)
         chunk = self.CHUNK if A > 128 else self.CHUNK // 2      # few slots: more programs, of less work
         chunks = -(-self.context // chunk)
 
         def norm(weight):
             out = torch.empty_like(x)
-            norm_kernel[A,](x, weight, out, cfg.rms_norm_eps, D, next_power_of_two(D))
+            norm_kernel[A,](x, weight, out, cfg.rms_norm_eps, D, triton.next_power_of_2(D))
             return out
 
         x = F.embedding(self.state[INPUT, :A], model.embed_tokens.weight)
@@ -834,4 +830,4 @@ class Sampler:
             least_allowed_kernel[A,](logits, self.least, self.temperature, self.top_p, self.top_k, V, BLOCK, num_warps=8)
         blocks_kernel[A, blocks](logits, self.least, self.temperature, self.stats, blocks, V, BLOCK)
         draw_kernel[A,](logits, self.least, self.temperature, self.greedy, self.stats, blocks, self.state, self.eos,
-                        self.tokens, self.logps, B, self.context, V, BLOCK, next_power_of_two(blocks), len(self.eos_ids))
+                        self.tokens, self.logps, B, self.context, V, BLOCK, triton.next_power_of_2(blocks), len(self.eos_ids))

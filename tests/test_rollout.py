@@ -583,7 +583,7 @@ def test_attention_kernels_equal_sdpa(H, K, E):
     before = keys.clone(), values.clone()
     on = [x.to(DEVICE) for x in (qkv, keys, values, state, table, *none, qkv, qkv)]
     part, lse, out = (torch.full(size, torch.nan, device=DEVICE) for size in ((A, 3, H, E), (A, 3, H), (A, H * E)))
-    group = max(16, rollout.next_power_of_two(H // K))
+    group = max(16, rollout.triton.next_power_of_2(H // K))
     scale = math.log2(math.e) / math.sqrt(E)
     rollout.attend_kernel[A, K, 3](*on, part, lse, 1e-6, scale, A, N, H, K, E, page, chunk, 3, group, False, num_warps=2)
     rollout.combine_kernel[A, K](part, lse, on[3], out, A, H, K, E, chunk, 3, group)
