@@ -117,10 +117,10 @@ def arithmetic(seed: int, count: int, levels: tuple[int, int] = (1, 8), held_out
     about 2,200 to train on and 340 held out, the others have plenty).
     """
     low, high = levels
-    if not (1 <= low <= high <= 8 and count >= 1):
-        raise ValueError(f"arithmetic: found count {count} and levels {low}-{high}, wanted count >= 1 and levels within 1-8")
+    if not (1 <= low <= high <= 20 and count >= 1):
+        raise ValueError(f"arithmetic: found count {count} and levels {low}-{high}, wanted count >= 1 and levels within 1-20")
     # random.Random seeds itself from a string through sha512, the same in every process
-    rngs = [random.Random(f"arithmetic {seed} {held_out} {level}") for level in range(9)]
+    rngs = [random.Random(f"arithmetic {seed} {held_out} {level}") for level in range(21)]
     examples = {}
     for i in range(count):
         level = low + i % (high - low + 1)
@@ -162,7 +162,7 @@ class Report:
 def open_rows(spec: str) -> tuple[Report, Iterable[dict]]:
     """A fresh report and the rows behind a spec. Raises ValueError or FileNotFoundError, one line."""
     if spec.partition(":")[0].partition("@")[0] == "arithmetic":
-        match = re.fullmatch(r"arithmetic(?::(train|heldout))?(?::(\d+))?(?::(\d)-(\d))?(?:@(\d+))?", spec)
+        match = re.fullmatch(r"arithmetic(?::(train|heldout))?(?::(\d+))?(?::(\d+)-(\d+))?(?:@(\d+))?", spec)
         if not match:
             raise ValueError(f"{spec}: wanted arithmetic[:train|:heldout][:COUNT][:LOW-HIGH][@SEED]")
         part, count, low, high, seed = match.groups()

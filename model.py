@@ -385,6 +385,14 @@ def mm_fp32(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
+def add_mm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in fp32; on CUDA the product is added where it is made, so that it is not written, read and added."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += mm_fp32(a, b)
+
+
 def logits_fp32(hidden_RD: Tensor, weight_VD: Tensor, temperature: float = 1.0) -> Tensor:
     """The one place where logits come from, for training and sampling: never rounded to half precision."""
     logits_RV = mm_fp32(hidden_RD, weight_VD.t())
@@ -412,7 +420,7 @@ def head_pass(hidden_RD, weight_VD, targets_R, temperature, chunk, coefficient_R
             if need_hidden:
                 d_hidden[rows] = dz @ weight_VD
             if need_weight:
-                d_weight += mm_fp32(dz.t(), hidden_RD[rows])
+                add_mm(d_weight, dz.t(), hidden_RD[rows])
     return logp_R, entropy_R, d_hidden, d_weight.to(weight_VD.dtype) if need_weight else None
 
 

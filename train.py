@@ -3,6 +3,7 @@ Reinforcement learning with verifiable rewards, by AERO (arXiv 2602.14338) or on
 
     python train.py                                    the embedded default: built-in task, tiny base model, CPU or one GPU
     python train.py --algo grpo                        the same with GRPO
+    python train.py --base small                       a larger base model and harder problems, on a GPU
     torchrun --nproc_per_node 8 train.py --model Qwen/Qwen2.5-Math-1.5B          MATH, 8 GPUs
     python train.py settings.json                      every flag from a JSON file; `--help` explains them
 
@@ -50,7 +51,7 @@ import eval
 import learner
 import report
 from aero import knob
-from base import base_config, base_model, character_tokenizer
+from base import RECIPES, base_config, base_model, character_tokenizer
 from learner import Trained, full_weights, make_learner, update
 from model import Model, ModelConfig, find_weights, read_weights, resolve, save_folder
 from reward import Grader, Verdict
@@ -63,6 +64,7 @@ class Config(aero.Settings):
 
     # model and data
     model: str = knob("", "model folder or hub name; empty: the embedded base model, trained at first start")
+    base: str = knob("tiny", "which embedded base model: tiny, or small, of 24 million parameters, which wants a GPU")
     data: str = knob("arithmetic:train:8000:1-7", "problems to train on: a file, a hub name, the built-in task (see data.py)")
     eval_data: str = knob("arithmetic:heldout:196:1-7", "comma-separated problems to evaluate on; empty: none")
     limit: int = knob(0, "problems to train on, the first so many, 0: all")
@@ -113,6 +115,8 @@ class Config(aero.Settings):
         for name in ("warmup", "weight_decay", "limit", "eval_limit", "seed", "is_cap", "kv_gib"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: wanted 0 or more")
+        if self.base not in RECIPES:
+            raise ValueError(f"--base {self.base}: wanted one of {' '.join(RECIPES)}")
         if self.shard not in ("node", "world"):
             raise ValueError(f"--shard {self.shard}: wanted one of node world")
         if Path(self.name).name != self.name or self.name.startswith("."):
@@ -125,6 +129,11 @@ PRETRAINED = dict(
     data="math", eval_data="math500", template="qwen_math", problems=128, max_new=3072, slots=256, graders=4, steps=400,
     lr=1e-6, warmup=10, micro_tokens=16384, compile=torch.cuda.is_available(), eval_every=20, eval_k=4, save_every=20,
     show_every=5,
+)
+# What --base small changes: problems of which a third is settled from the start, one way or the other.
+SMALL = dict(
+    data="arithmetic:train:16000:5-18", eval_data="arithmetic:heldout:1008:5-18", max_new=1024, slots=512, steps=100, lr=1e-4,
+    micro_tokens=65536, save_every=100,
 )
 
 
@@ -156,9 +165,10 @@ def parse(argv) -> Config:
     flags = [f"--{name}={value}" for name, value in given.items()] + [a for a in argv if a not in files]
     first = parser.parse_args(flags)
     aero.need_known(first.algo)
-    parser.set_defaults(**(PRETRAINED if first.model else {}) | aero.ALGORITHMS[first.algo].defaults)
+    start = PRETRAINED if first.model else SMALL if first.base == "small" else {}
+    parser.set_defaults(**start | aero.ALGORITHMS[first.algo].defaults)
     (cfg,) = parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
-    cfg.name = cfg.name or f"{Path(cfg.model).name or 'tiny'}-{cfg.algo}-s{cfg.seed}"
+    cfg.name = cfg.name or f"{Path(cfg.model).name or cfg.base}-{cfg.algo}-s{cfg.seed}"
     cfg.check()
     return cfg
 
@@ -436,8 +446,8 @@ def prepare(cfg: Config):
             find_weights(Model(model_cfg), resolve(cfg.model))
         tokenizer = eval.load_tokenizer(resolve(cfg.model), model_cfg.vocab_size)
     else:
-        tokenizer = character_tokenizer()
-        model_cfg = base_config(tokenizer)
+        tokenizer = character_tokenizer(cfg.base)
+        model_cfg = base_config(cfg.base, tokenizer)
     room = model_cfg.max_position_embeddings - cfg.max_new
     if room < 1:
         raise ValueError(f"--max_new {cfg.max_new} leaves no room for a prompt in the model's context of "
@@ -499,9 +509,9 @@ def train(cfg: Config, run: Path, grader: Grader, rank: int, world: int, device,
     context = cfg.max_new + max(len(p.prompt) for p in itertools.chain(problems, *held_out.values()))
     planned, kv_bytes = plan_memory(cfg, model_cfg, context, world, device)
     if not cfg.model and rank == 0:
-        base_model(Path(cfg.out), device)
+        base_model(cfg.base, Path(cfg.out), device)
     dist.barrier()
-    folder = resolve(cfg.model) if cfg.model else base_model(Path(cfg.out), device)
+    folder = resolve(cfg.model) if cfg.model else base_model(cfg.base, Path(cfg.out), device)
 
     model, optimizer = make_learner(model_cfg, cfg, device, lambda model: read_weights(model, folder))
     parameters = sum(p.numel() for p in model.parameters())

@@ -125,7 +125,7 @@ def test_arithmetic_is_a_pure_function_of_the_seed():
 def test_arithmetic_says_when_a_level_is_used_up():
     with pytest.raises(ValueError, match=r"level 1 has \d+ held-out problems, too few for 4000 over levels 1-2"):
         data.arithmetic(0, 4000, (1, 2), held_out=True)
-    with pytest.raises(ValueError, match="levels within 1-8"):
+    with pytest.raises(ValueError, match="levels within 1-20"):
         data.arithmetic(0, 10, (0, 3))
 
 

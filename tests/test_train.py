@@ -1197,7 +1197,8 @@ def test_nothing_to_learn_from(out, flags, student):
 
 
 def short_recipe():
-    base.RECIPE.update(steps=4, batch=4, corpus=base.RECIPE["corpus"] | dict(levels=2, problems=40, seeds=1))
+    tiny = base.RECIPES["tiny"]
+    tiny.update(steps=4, batch=4, corpus=tiny["corpus"] | dict(levels=(1, 2), problems=40, seeds=1))
 
 
 @pytest.mark.slow
