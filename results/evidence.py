@@ -306,6 +306,9 @@ def tables(found: dict[str, Setting]) -> str:
     ])  # fmt: skip
 
 
+LOOK = dict(zip(("aero", "grpo", "grpo_skip"), STYLES))
+
+
 def plain(axis, **labels):
     axis.set(**labels)
     axis.grid(alpha=0.25)
@@ -315,16 +318,16 @@ def plain(axis, **labels):
 def draw_curves(found: dict[str, Setting], png: Path) -> None:
     """Held-out score of the main three against what it took."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.8), sharey=True, layout="constrained")
-    three = [(name, found[name]) for name in SETTINGS["main"][1] if name in found] or [*found.items()]
+    three = [(name, found[name]) for name in LOOK if name in found]
     progress = {"step": "updates", "drawn": "rollouts drawn", "flops": "FLOPs, generation and training",
                 "seconds": "seconds of training"}  # fmt: skip
     for axis, (key, label) in zip(axes.flat, progress.items()):
-        for (_, setting), style in zip(three, STYLES):
-            band(axis, setting.curves(key), setting.curves("avg"), style, markevery=1)
+        for name, setting in three:
+            band(axis, setting.curves(key), setting.curves("avg"), LOOK[name], markevery=1)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         plain(axis, xlabel=label, xlim=(0, None))
     for axis in axes[:, 0]:
-        axis.set_ylabel(f"held-out avg@{three[0][1].one['k']}")
+        axis.set_ylabel(f"held-out avg@{next(iter(found.values())).one['k']}")
     names = [f"{name}, {len(setting.runs)} seeds" for name, setting in three]
     figure.legend(axes[0, 0].lines, names, loc="outside upper center", ncols=3, frameon=False, fontsize=12)
     figure.supxlabel("line: mean of the seeds, band: their range", fontsize=9)
@@ -337,18 +340,18 @@ def draw_settings(found: dict[str, Setting], png: Path) -> None:
     names = sorted(found, key=lambda name: found[name].mean("flops"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 1.2 + 0.27 * len(names)), sharey=True, layout="constrained",
                                          width_ratios=(3, 2))  # fmt: skip
-    main = dict(zip(SETTINGS["main"][1], STYLES))
     for y, name in enumerate(names):
-        style = dict(color="#555555", marker="o") | {x: main[name][x] for x in ("color", "marker") if name in main}
+        style = dict(color="#555555", marker="o") | {x: LOOK[name][x] for x in ("color", "marker") if name in LOOK}
         middle, half = interval([*found[name].final("avg").values()])
         left.errorbar(middle, y, xerr=half, capsize=3, markersize=6, **style)
         right.plot(found[name].mean("flops"), y, markersize=6, **style)
-    for name in main.keys() & found.keys():
-        left.axvline(found[name].mean("avg"), color=main[name]["color"], linewidth=0.8, linestyle="--", zorder=0)
+    for name, dashes in zip(LOOK, ("-", "--", ":")):
+        if name in found:
+            left.axvline(found[name].mean("avg"), color=LOOK[name]["color"], linewidth=1, linestyle=dashes, zorder=0)
     left.set_yticks(range(len(names)), names)
-    right.set_xscale("log")
+    right.xaxis.set_major_formatter(EngFormatter(sep=""))
     plain(left, xlabel=f"held-out avg@{found[names[0]].one['k']} at the end, 95 % interval over seeds")
-    plain(right, xlabel="FLOPs, generation and training")
+    plain(right, xlabel="FLOPs, generation and training", xlim=(0, None))
     figure.savefig(png, dpi=140)
     plt.close(figure)
 
