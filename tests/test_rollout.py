@@ -716,13 +716,13 @@ BIG = dict(
 def test_fast_equals_plain_on_cuda(name, sampling):
     """
     fp32, graphs of several sizes (chunks of both lengths), slots that are refilled, and memory for a few rollouts only, so that
-    some are drawn twice: the tokens of the plain path. Weights of ordinary size: where logits reach the hundreds, fp32 is
-    rounded by 1e-3.
+    some are drawn twice: the tokens of the plain path. Without stop ids, since responses that end early leave memory enough.
+    Weights of ordinary size: where logits reach the hundreds, fp32 is rounded by 1e-3.
     """
     model, done = Model(ModelConfig.from_dict(BIG[name].to_dict())).init_weights(0.05), []
     page = 2 * model.cfg.num_hidden_layers * model.cfg.num_key_value_heads * 64 * model.cfg.head_dim * 4 / 2**30
     for fast, slots, pages in ((False, 150, 0), (True, 150, 0), (True, 9, 7.5)):
-        sampler = sampler_of(model, slots, 128, (3, 11), fast=fast, device="cuda", kv_gib=pages * page, **sampling)
+        sampler = sampler_of(model, slots, 128, (), fast=fast, device="cuda", kv_gib=pages * page, **sampling)
         sampler.add(requests(each=25, max_new=100))
         done.append(drain(sampler))
     assert sampler.preempted > 0
