@@ -8,6 +8,7 @@ to do every step and does not always do it: what reinforcement learning can mend
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -126,9 +127,11 @@ def base_model(name: str, out: Path, device) -> Path:
     written = in_whole_lines if corpus["whole_lines"] else str
     (low, high), encoded = corpus["levels"], defaultdict(list)      # level -> [(prompt, response, response with slips)]
     for seed in range(corpus["seeds"]):
-        for example in arithmetic(seed, corpus["problems"], corpus["levels"]):
-            texts = [written(with_slips(example.solution, rate, corpus["sure"], rng)) for rate in (0.0, corpus["slip"])]
-            prompt, *responses = tokenizer([example.text, *texts]).input_ids
+        examples = arithmetic(seed, corpus["problems"], corpus["levels"])
+        texts = [[e.text, *(written(with_slips(e.solution, rate, corpus["sure"], rng)) for rate in (0.0, corpus["slip"]))]
+                 for e in examples]
+        ids = iter(tokenizer(list(itertools.chain(*texts))).input_ids)      # in one call: it has threads
+        for example, prompt, *responses in zip(examples, ids, ids, ids):
             encoded[example.level].append((prompt, *([*response, *cfg.eos_token_ids] for response in responses)))
 
     # The optimizer's fp32 weights, of which the model is a copy in the precision of the work.
