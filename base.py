@@ -42,8 +42,8 @@ RECIPES = dict(
     small=dict(
         shape=dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=12, num_key_value_heads=2,
                    max_position_embeddings=2048, rope_theta=10000.0),
-        corpus=dict(levels=(2, 18), problems=51000, seeds=1, whole_lines=True, slip=0.04, sure=4, slips_from=2100),
-        batch=128, steps=2500, lr=1e-3, warmup=100, bf16=True, seed=0, version=1,
+        corpus=dict(levels=(2, 18), problems=51000, seeds=1, whole_lines=True, slip=0.04, sure=4, slips_from=850),
+        batch=128, steps=1000, lr=1e-3, warmup=100, bf16=True, seed=0, version=1,
     ),
 )
 

@@ -132,8 +132,8 @@ PRETRAINED = dict(
 )
 # What --base small changes: problems of which a third is settled from the start, one way or the other.
 SMALL = dict(
-    data="arithmetic:train:16000:5-18", eval_data="arithmetic:heldout:1008:5-18", max_new=1024, slots=512, steps=100, lr=1e-4,
-    micro_tokens=65536, save_every=100,
+    data="arithmetic:train:16000:5-18", eval_data="arithmetic:heldout:1008:5-18", problems=16, max_new=1024, slots=1024, steps=100, lr=3e-5,
+    micro_tokens=16384, save_every=100,
 )
 
 

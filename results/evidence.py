@@ -23,9 +23,9 @@ import train
 from data import json_rows
 from report import COSTS, STYLES, EngFormatter, band, plt, read_rows, running
 
-GRID = (3e-5, 1e-4, 3e-4)
-LR = {"grpo": 1e-4, "grpo_skip": 1e-4, "aero": 1e-4, "reinforce_ada": 1e-4, "pods": 1e-4, "dapo": 1e-4, "mc_grpo": 1e-4,
-      "sign": 1e-4}  # fmt: skip
+GRID = (1.5e-5, 3e-5, 6e-5)
+LR = {"grpo": 3e-5, "grpo_skip": 3e-5, "aero": 3e-5, "reinforce_ada": 3e-5, "pods": 1.5e-5, "dapo": 3e-5, "mc_grpo": 3e-5,
+      "sign": 3e-5}  # fmt: skip
 TUNE_SEED = 100
 STEPS = {"tune": 0, "timing": 30, "runs": 0}    # 0: what --base small says
 
@@ -73,7 +73,7 @@ def commands(group: str, out: str):
     every = {name: run for _, settings in SETTINGS.values() for name, run in settings.items()}
     if group == "tune":
         for algo, lr in itertools.product(LR, GRID):
-            flags = f"{every[algo][1]} --eval_every 1000000".lstrip()
+            flags = f"{every[algo][1]} --eval_every 1000".lstrip()
             yield command(f"tune-{algo}-{lr:g}", algo, lr, TUNE_SEED, flags, STEPS["tune"])
     elif group == "timing":
         for name, (algo, flags) in every.items():
