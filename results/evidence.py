@@ -51,6 +51,9 @@ SETTINGS = {    # group: (seeds, {setting: (algorithm, flags)})
         "aero-extra8": ("aero", "--n_extra 8"),
         "aero-4+4": ("aero", "--n_explore 4 --n_extra 4"),
         "aero-4+4-no-posterior": ("aero", "--n_explore 4 --n_extra 4 --posterior False"),
+        "dapo-8": ("dapo", "--n_total 8"),
+        "aero-long": ("aero", "--steps 240"),           # about what grpo's 100 steps cost
+        "grpo_skip-long": ("grpo_skip", "--steps 260"),
     }),
 }
 GROUP = {setting: group for group, (_, settings) in SETTINGS.items() for setting in settings}
@@ -282,6 +285,7 @@ def tables(found: dict[str, Setting]) -> str:
     for what, claimed, claim, key in (
         ("FLOPs", "-48%", -0.48, "flops"), ("seconds per step", "-45%", -0.45, "step"),
         (f"avg@{k}", "equal or better", None, "avg"), (f"pass@{k}", "equal or better", None, "pass"),
+        (f"avg@{k} at equal FLOPs", "", None, "equal"),
     ):  # fmt: skip
         rows.append([what, claimed])
         for other in (grpo, skip):
@@ -316,18 +320,18 @@ def plain(axis, **labels):
 
 
 def draw_curves(found: dict[str, Setting], png: Path) -> None:
-    """Held-out score of the main three against what it took."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.8), sharey=True, layout="constrained")
-    three = [(name, found[name]) for name in LOOK if name in found]
+    """Held-out scores of the main three against what they took."""
+    figure, axes = plt.subplots(2, 4, figsize=(13, 6), sharey="row", sharex="col", layout="constrained")
+    three, k = [(name, found[name]) for name in LOOK if name in found], next(iter(found.values())).one["k"]
     progress = {"step": "updates", "drawn": "rollouts drawn", "flops": "FLOPs, generation and training",
                 "seconds": "seconds of training"}  # fmt: skip
-    for axis, (key, label) in zip(axes.flat, progress.items()):
-        for name, setting in three:
-            band(axis, setting.curves(key), setting.curves("avg"), LOOK[name], markevery=1)
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        plain(axis, xlabel=label, xlim=(0, None))
-    for axis in axes[:, 0]:
-        axis.set_ylabel(f"held-out avg@{next(iter(found.values())).one['k']}")
+    for row, score in zip(axes, SCORES):
+        row[0].set_ylabel(f"held-out {score}@{k}")
+        for axis, (key, label) in zip(row, progress.items()):
+            for name, setting in three:
+                band(axis, setting.curves(key), setting.curves(score), LOOK[name], markevery=1)
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            plain(axis, xlim=(0, None), xlabel=label if score == "pass" else "")
     names = [f"{name}, {len(setting.runs)} seeds" for name, setting in three]
     figure.legend(axes[0, 0].lines, names, loc="outside upper center", ncols=3, frameon=False, fontsize=12)
     figure.supxlabel("line: mean of the seeds, band: their range", fontsize=9)

@@ -112,12 +112,12 @@ def test_quantiles_of_t(df):
 
 def test_commands(capsys, monkeypatch, tmp_path):
     """Every setting is one that train.py takes and collect knows; xargs passes each line on as it is."""
-    for group, count in dict(tune=24, main=15, others=15, ablations=27, variants=9, timing=20).items():
+    for group, count in dict(tune=24, main=15, others=15, ablations=27, variants=18, timing=23).items():
         assert evidence.main(["commands", group, "--out", "there"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert len(set(lines)) == count
         for line in lines:
-            cfg = train.parse(line.replace("--base small ", "").split()[2:])
+            cfg = train.parse(line.split()[2:])
             assert (cfg.out, cfg.lr in evidence.GRID) == ("there", True) and cfg.name.endswith(f"-s{cfg.seed}")
     passed = subprocess.run(["xargs", "-I{}", "sh", "-c", "echo '{}'"], input="\n".join(lines), capture_output=True, text=True)
     assert passed.stdout.splitlines() == lines

@@ -13,6 +13,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -1197,16 +1198,35 @@ def test_nothing_to_learn_from(out, flags, student):
 
 
 def short_recipe():
-    tiny = base.RECIPES["tiny"]
-    tiny.update(steps=4, batch=4, corpus=tiny["corpus"] | dict(levels=(1, 2), problems=40, seeds=1))
+    for recipe in base.RECIPES.values():
+        recipe.update(steps=4, batch=4, corpus=recipe["corpus"] | dict(problems=40, seeds=1))
+    base.RECIPES["tiny"]["corpus"]["levels"] = (1, 2)
+    base.RECIPES["small"]["shape"] |= dict(hidden_size=96, intermediate_size=128, num_attention_heads=3, num_key_value_heads=1)
 
 
 @pytest.mark.slow
-def test_the_embedded_base(out):
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_the_embedded_base(out, name):
     """No --model: made at first start, cached under --out, the same for the next run."""
-    more = ["--steps", 1, "--problems", 2, "--max_new", 8, "--eval_limit", 2, "--eval_k", 1]
-    more += ["--data", "arithmetic:train:50:1-2", "--eval_data", "arithmetic:heldout:20:1-2"]
-    first, second = (finished(out / f"embedded-{seed}", [*more, "--seed", seed], hook=short_recipe) for seed in (0, 1))
+    more = ["--base", name, "--steps", 1, "--problems", 2, "--max_new", 8, "--eval_limit", 2, "--eval_k", 1]
+    if name == "tiny":
+        more += ["--data", "arithmetic:train:50:1-2", "--eval_data", "arithmetic:heldout:20:1-2"]
+    first, second = (finished(out / f"embedded-{name}-{seed}", [*more, "--seed", seed], hook=short_recipe) for seed in (0, 1))
     assert "base model: " in first.text and "base model: " not in second.text
-    (folder,) = out.glob("base-*")
-    assert AutoTokenizer.from_pretrained(folder)("1+2").input_ids == base.character_tokenizer()("1+2").input_ids
+    (folder,) = out.glob(f"base-{name}-*")
+    assert AutoTokenizer.from_pretrained(folder)("1+2").input_ids == base.character_tokenizer(name)("1+2").input_ids
+
+
+def test_worked_solutions_of_the_bases():
+    """Every whole line is worth what the line before it was; a slip changes the answer and is consistent to the end."""
+    for example in data.arithmetic(5, 100, (2, 18)):
+        right = base.with_slips(example.solution, 0.0, 0, random.Random(1))
+        assert right == example.solution
+        *lines, boxed = base.in_whole_lines(right).split("\n")
+        assert boxed == f"\\boxed{{{example.answer}}}" and {eval(line) for line in lines} == {eval(example.text)}
+        assert [len(re.findall(r"[-+*]", line)) for line in lines] == [*reversed(range(example.level))]
+        sure = base.with_slips(example.solution, 1.0, 4, random.Random(1)).split("\n")
+        assert sure[:5] == example.solution.split("\n")[:5] or example.level < 5
+        *lines, boxed = base.in_whole_lines("\n".join(sure)).split("\n")
+        if example.level >= 6:
+            assert boxed == f"\\boxed{{{lines[-1]}}}" and len({eval(line) for line in lines}) > 1
