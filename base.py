@@ -1,5 +1,5 @@
 """
-The embedded base model: a tokenizer of characters, a tiny Qwen2, and a short supervised phase on worked solutions.
+The embedded base models: a tokenizer of characters, a small Qwen2, and a short supervised phase on worked solutions.
 
 It stands in for a pretrained model where none can be downloaded, so that `python train.py` runs the whole path: what it
 leaves behind is a normal Hugging Face folder, and nothing after it knows that the model was made here. The corpus is like
@@ -30,7 +30,7 @@ from model import Model, ModelConfig, save_folder
 # What decides the weights; a change gives another folder, so a cached base is never stale. `version` stands for the code of
 # this file and of data.expression: raise it when they change.
 #   tiny    for a first look, on two cores in a minute: a response is one line per operation
-#   small   for measurements, on a GPU in a few minutes: every line is the whole expression with one operation less, so that
+#   small   for measurements, on a GPU in a minute: every line is the whole expression with one operation less, so that
 #           lengths go from 50 to 800 tokens, and slips come late: short problems are nearly sure, long ones nearly hopeless
 RECIPES = dict(
     tiny=dict(
@@ -118,6 +118,8 @@ def base_model(name: str, out: Path, device) -> Path:
     folder = out / f"base-{name}-{digest}"
     if (folder / "config.json").is_file():
         return folder
+    if recipe["bf16"] and device.type == "cpu":
+        print(f"base model {name}: made for a GPU, where it takes a minute; here it takes hours", file=sys.stderr)
     torch.manual_seed(recipe["seed"])
     rng, corpus, steps = random.Random(recipe["seed"]), recipe["corpus"], recipe["steps"]
     tokenizer = character_tokenizer(name)
@@ -173,8 +175,8 @@ def base_model(name: str, out: Path, device) -> Path:
     partial = out / f"{folder.name}.{os.getpid()}.tmp"      # two runs may make the same base at once: the first one counts
     names = [name for name, _ in model.named_parameters()]
     save_folder(partial, cfg, {n: p.detach().cpu() for n, p in zip(names, masters)}, tokenizer)
-    if folder.exists():
-        shutil.rmtree(partial)
-    else:
+    try:
         partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial)
     return folder

@@ -117,6 +117,8 @@ class Config(aero.Settings):
                 raise ValueError(f"--{name} {getattr(self, name)}: wanted 0 or more")
         if self.base not in RECIPES:
             raise ValueError(f"--base {self.base}: wanted one of {' '.join(RECIPES)}")
+        if self.model and self.base != "tiny":
+            raise ValueError(f"--base {self.base} --model {self.model}: wanted one of the two")
         if self.shard not in ("node", "world"):
             raise ValueError(f"--shard {self.shard}: wanted one of node world")
         if Path(self.name).name != self.name or self.name.startswith("."):

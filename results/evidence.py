@@ -2,7 +2,7 @@
 The evidence: which runs were made, their numbers in one small file, and the tables and figures made of it.
 
     python results/evidence.py commands GROUP [--out DIR] | xargs -P 8 -I{} sh -c '{}'     each line a training run
-    python results/evidence.py collect RUN_FOLDER... > results/evidence.jsonl               an object per finished run
+    python results/evidence.py collect RUN_FOLDER... > results/evidence.jsonl               an object per finished run of these
     python results/evidence.py best results/tune.jsonl                                      the learning rates to put below
     python results/evidence.py report [results/evidence.jsonl]      Markdown; evidence.png and evidence_settings.png beside it
 
@@ -61,7 +61,10 @@ SCORES = {"avg": "avg_at_k", "pass": "pass_at_k"}
 TOTALS = {"drawn": COSTS["drawn"], "trained": COSTS["trained"], "tokens": {"rollout/tokens": 1},
           "rollout_flops": {"compute/rollout_flops": 1}, "train_flops": {"compute/train_flops": 1},
           "seconds": COSTS["seconds"] | {"time/save": -1}}  # fmt: skip
-PHASES = ("rollout", "reward", "update", "sync", "other")      # of a step; evaluation and saving are not its work
+# Of a step; evaluation and saving are not its work. Waiting for graders is shown and not summed: it is their start, once, a
+# second or two at the first answer that is no integer. Where an evaluation comes before, 95 steps wait for 0.002 s in all.
+PHASES = ("rollout", "update", "sync", "other")
+SLACK = 0.01    # "grpo's score" is its final mean less this: its curve is flat at the end
 START = 5       # steps that the seconds per step leave out: kernels and graphs are made in them
 
 
@@ -80,7 +83,9 @@ def commands(group: str, out: str):
             yield command(f"tune-{algo}-{lr:g}", algo, lr, TUNE_SEED, flags, STEPS["tune"])
     elif group == "timing":
         for name, (algo, flags) in every.items():
-            yield command(f"timing-{name}", algo, LR[algo], 0, f"{flags} --eval_data=".lstrip(), STEPS["timing"])
+            if "--steps" not in flags:      # a longer run has the steps of its twin
+                flags += " --eval_limit 8 --eval_every 1000"    # before the first step, so that graders have started
+                yield command(f"timing-{name}", algo, LR[algo], 0, flags.lstrip(), STEPS["timing"])
     elif group in SETTINGS:
         seeds, settings = SETTINGS[group]
         for seed, (name, (algo, flags)) in itertools.product(seeds, settings.items()):
@@ -119,6 +124,8 @@ def record(run: Path) -> dict:
         raise ValueError(f"{run}: found {max(last, 0)} steps of {cfg['steps']}")
     setting = cfg["name"].removesuffix(f"-s{cfg['seed']}")
     group = GROUP.get(setting, setting.split("-")[0])
+    if group not in (*SETTINGS, "tune", "timing"):
+        raise ValueError(f"{run}: found a run of no setting of this file")
     usual = asdict(train.parse([f"--{key}={cfg[key]}" for key in ("algo", "base") if cfg.get(key)]))
     own = ("algo", "base", "lr", "seed", "steps", "name", "out")
     totals = {name: running(rows, keys) for name, keys in TOTALS.items()}
@@ -135,9 +142,9 @@ def record(run: Path) -> dict:
                | {name: total[row["step"]] for name, total in totals.items()}
                for row in rows if f"eval/{held_out}/avg_at_k" in row],
         seconds={phase: sum(row[f"time/{phase}"] for row in timed) for phase in (*train.Clock.PHASES, "other")},
+        flat={key: [round(row[f"group/{key}_frac"], 4) for row in steps] for key in ("all_right", "all_wrong")},
         timed_steps=len(timed), total={name: total[last] for name, total in totals.items()},
         saved_frac=steps[-1]["compute/saved_frac"],
-        start={key: steps[0][f"group/{key}"] for key in ("flat_frac", "all_right_frac", "all_wrong_frac")},
         reward=[round(row["reward/mean"], 4) for row in steps],
         base=base_policy(run / "eval" / f"{held_out}-step0.jsonl") if held_out else None,
     ))  # fmt: skip
@@ -182,8 +189,8 @@ class Setting:
     def curves(self, key: str) -> list[dict[int, float]]:
         return [{at["step"]: at[key] for at in run["evals"]} for run in self.runs.values()]
 
-    def score_at(self, flops: float) -> dict[int, float]:
-        return {seed: float(np.interp(flops, *([at[key] for at in run["evals"]] for key in ("flops", "avg"))))
+    def score_at(self, cost: str, spent: float) -> dict[int, float]:
+        return {seed: float(np.interp(spent, *([at[key] for at in run["evals"]] for key in (cost, "avg"))))
                 for seed, run in self.runs.items()}  # fmt: skip
 
     def reach(self, key: str, target: float) -> float | None:
@@ -192,15 +199,16 @@ class Setting:
         return reaches(xs, ys, target)
 
 
-def versus(a: Setting, b: Setting | None, key="avg") -> tuple[float, float | None] | None:
+def versus(a: Setting, b: Setting | None, key="avg", equal="") -> tuple[float, float | None] | None:
     """
-    Interval of a - b over the seeds that both have, which saw the same problems in the same order. "equal": the score when both
-    had spent what the cheaper spends in all; "flops": what a spends more, as a share of b.
+    Interval of a - b over the seeds that both have, which saw the same problems in the same order (but for dapo, which draws
+    more of them). equal: a cost, at which the scores are compared, when both had spent what the cheaper spends in all.
+    key "flops": what a spends more, as a share of b.
     """
     if b is None or b is a or not a.runs.keys() & b.runs.keys():
         return None
-    least = min(a.mean("flops"), b.mean("flops"))
-    x, y = (side.score_at(least) if key == "equal" else side.final(key) for side in (a, b))
+    least = min(a.mean(equal), b.mean(equal)) if equal else None
+    x, y = (side.score_at(equal, least) if equal else side.final(key) for side in (a, b))
     return interval([x[seed] / y[seed] - 1 if key == "flops" else x[seed] - y[seed] for seed in sorted(x.keys() & y.keys())])
 
 
@@ -243,17 +251,19 @@ def verdict(gap, claim: float | None) -> str | None:
     if gap is None:
         return None
     middle, half = gap
-    if claim is not None:
-        return "costs more" if middle >= 0 else "saves as much or more" if middle <= claim else "saves less than claimed"
     if half is None:
-        return "one seed decides nothing"
+        return "one run decides nothing"
+    if claim is not None:
+        low, high = middle - half, middle + half
+        return "costs more" if low > 0 else "saves as much or more" if high <= claim else "saves less than claimed"
     return "better" if middle > half else "worse" if middle < -half else "no difference shown"
 
 
 def base_line(runs: list[dict]) -> str:
+    runs = [*{run["seed"]: run for run in runs}.values()]      # every setting of a seed evaluates the same base
     b = {key: np.mean([run["base"][key] for run in runs if run["base"][key] is not None], axis=0) for key in runs[0]["base"]}
     return (
-        "The base policy, {n} evaluations of {problems:.0f} problems: score {avg:.3f} +- {avg_se:.3f} (over problems); median "
+        "The base policy, {n} seeds of {problems:.0f} problems: score {avg:.3f} +- {avg_se:.3f} (over problems); median "
         "length {length_5_50_95[1]:.0f} tokens, 5 % below {length_5_50_95[0]:.0f}, 5 % above {length_5_50_95[2]:.0f}; right "
         "ones {length_right:.0f}, wrong ones {length_wrong:.0f} on average; of groups of 8, {all_right:.0%} all right and "
         "{all_wrong:.0%} all wrong. Aimed at, after Qwen2.5-Math on MATH: a third or more of the groups flat, of both kinds; "
@@ -262,35 +272,37 @@ def base_line(runs: list[dict]) -> str:
 
 def tables(found: dict[str, Setting]) -> str:
     runs, (grpo, skip, aero) = [run for s in found.values() for run in s.runs.values()], map(found.get, SETTINGS["main"][1])
-    k, goal = runs[0]["k"], grpo.mean("avg") if grpo else np.inf
+    k, goal = runs[0]["k"], grpo.mean("avg") - SLACK if grpo else np.inf
     known = {key: ", ".join(sorted({str(run[key]) for run in runs})) for key in ("device", "steps", "commit", "eval_data")}
     main, phases, parts = [], [], []
     for name, s in found.items():
         scores, n = [*s.final("avg").values()], s.one["steps"]
-        label, flags = f"`{name}`", " ".join(f"--{key} {x}" for key, x in s.one["flags"].items())
+        label, (_, flags) = f"`{name}`", SETTINGS[s.one["group"]][1][name]
         score = f"{np.mean(scores):.3f}" + (f" +- {np.std(scores, ddof=1):.3f}" if len(scores) > 1 else "")
         to_grpo, to_aero = (f" ({gap[0]:+.0%})" if (gap := versus(s, x, "flops")) else "" for x in (grpo, aero))
         seconds, cost = short(s.step_seconds) + s.mark, short(s.mean("flops") / 1e12)
         goals = [short(x / unit) + mark if (x := s.reach(key, goal)) is not None else "never"
                  for key, unit, mark in (("flops", 1e12, ""), ("seconds", 1, s.mark))]  # fmt: skip
         main.append([label, len(scores), f"{s.one['lr']:g}", score, f"{s.mean('pass'):.3f}", signed(versus(s, grpo)),
-                     signed(versus(s, skip)), signed(versus(s, skip, "equal")), f"{s.mean('drawn'):,.0f}",
+                     signed(versus(s, skip)), signed(versus(s, skip, equal="flops")), f"{s.mean('drawn'):,.0f}",
                      f"{s.mean('trained'):,.0f}", cost + to_grpo, seconds, *goals])
         phases.append([label, *(f"{s.phases[p]:.3f}" for p in PHASES), seconds, *(short(s.mean(key) / n / 1e12) for key in
                       ("rollout_flops", "train_flops")), f"{np.mean([r['saved_frac'] for r in s.runs.values()]):.1%}"])
         if name not in SETTINGS["main"][1] and s.one["algo"] == "aero":
             parts.append([label, f"`{flags}`", len(scores), score, signed(versus(s, aero)), signed(versus(s, skip)),
-                          signed(versus(s, skip, "equal")), cost + to_aero])
+                          signed(versus(s, skip, equal="flops")), cost + to_aero])
     rows = []
-    for what, claimed, claim, key in (
-        ("FLOPs", "-48%", -0.48, "flops"), ("seconds per step", "-45%", -0.45, "step"),
-        (f"avg@{k}", "equal or better", None, "avg"), (f"pass@{k}", "equal or better", None, "pass"),
-        (f"avg@{k} at equal FLOPs", "", None, "equal"),
+    for what, claimed, claim, key, equal in (
+        ("FLOPs, generation and training", "-48%", -0.48, "flops", ""), ("seconds per step", "-45%", -0.45, "step", ""),
+        (f"avg@{k}", "equal or better", None, "avg", ""), (f"pass@{k}", "equal or better", None, "pass", ""),
+        (f"avg@{k} at equal rollouts drawn", "equal or better", None, "avg", "drawn"),
+        (f"avg@{k} at equal FLOPs", "", None, "avg", "flops"),
     ):  # fmt: skip
         rows.append([what, claimed])
         for other in (grpo, skip):
             both = aero and other
-            gap = both and (versus(aero, other, key) if key != "step" else (aero.step_seconds / other.step_seconds - 1, None))
+            gap = both and (aero.step_seconds / other.step_seconds - 1, None)
+            gap = versus(aero, other, key, equal) if both and key != "step" else gap
             mark = (aero.mark or other.mark) * (key == "step") if both else ""
             rows[-1] += [gap and signed(gap, "+.3f" if claim is None else "+.1%") + mark, verdict(gap, claim)]
     hours, to_skip = sum(run["total"]["seconds"] for run in runs) / 3600, "- grpo_skip | - grpo_skip at equal FLOPs"
@@ -300,7 +312,7 @@ def tables(found: dict[str, Setting]) -> str:
         "seeds, paired. Seconds are those of the short runs that had the GPU alone; *: of the runs themselves, side by side.\n",
         base_line(runs),
         table("Settings", f"setting | seeds | lr | avg@{k} +- sd | pass@{k} | - grpo | {to_skip} | drawn | trained on | "
-              "TFLOPs (against grpo) | s per step | TFLOPs to grpo's score | seconds to it", main),
+              f"TFLOPs (against grpo) | s per step | TFLOPs to grpo's score - {SLACK:g} | seconds to it", main),
         table("A step by phase", f"setting | {' | '.join(f'{p}, s' for p in PHASES)} | sum, s | TFLOPs of generation | "
               "of training | saved_frac", phases),
         table("The paper's claims", "of aero | claimed | against grpo, N = 16 | verdict | against grpo_skip, N = 8 | verdict",
@@ -324,7 +336,7 @@ def draw_curves(found: dict[str, Setting], png: Path) -> None:
     figure, axes = plt.subplots(2, 4, figsize=(13, 6), sharey="row", sharex="col", layout="constrained")
     three, k = [(name, found[name]) for name in LOOK if name in found], next(iter(found.values())).one["k"]
     progress = {"step": "updates", "drawn": "rollouts drawn", "flops": "FLOPs, generation and training",
-                "seconds": "seconds of training"}  # fmt: skip
+                "seconds": "seconds in steps, extrapolated"}  # fmt: skip
     for row, score in zip(axes, SCORES):
         row[0].set_ylabel(f"held-out {score}@{k}")
         for axis, (key, label) in zip(row, progress.items()):
@@ -352,9 +364,9 @@ def draw_settings(found: dict[str, Setting], png: Path) -> None:
     for name, dashes in zip(LOOK, ("-", "--", ":")):
         if name in found:
             left.axvline(found[name].mean("avg"), color=LOOK[name]["color"], linewidth=1, linestyle=dashes, zorder=0)
-    left.set_yticks(range(len(names)), names)
+    left.set_yticks(range(len(names)), [f"{name} ({len(found[name].runs)})" for name in names])
     right.xaxis.set_major_formatter(EngFormatter(sep=""))
-    plain(left, xlabel=f"held-out avg@{found[names[0]].one['k']} at the end, 95 % interval over seeds")
+    plain(left, xlabel=f"held-out avg@{found[names[0]].one['k']} at the end, 95 % interval over (so many) seeds")
     plain(right, xlabel="FLOPs, generation and training", xlim=(0, None))
     figure.savefig(png, dpi=140)
     plt.close(figure)

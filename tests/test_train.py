@@ -266,6 +266,8 @@ def refused(student, flags, tmp_path, monkeypatch, capsys):
     ("--weight_decay nan", ["--weight_decay", "nan"]),
     ("--temperature inf", ["--temperature", "inf"]),
     ("--shard rack: wanted one of node world", ["--shard", "rack"]),
+    ("--base large: wanted one of tiny small", ["--base", "large"]),
+    ("--base small --model ", ["--base", "small", "--model", "some/model"]),
     ("--is_cap -1.0: wanted 0 or more", ["--is_cap", -1]),
     ("--n_total 8: ", ["--algo", "mc_grpo"]),
     ("--name a/b: wanted a plain folder name", ["--name", "a/b"]),
