@@ -708,6 +708,25 @@ BIG = dict(
 )
 
 
+def tied(sampler, r, n, other, nudge=1e-4):
+    """
+    Does a nudge to the logit of either, `other` or r.tokens[n], decide which word is drawn there? Words of different blocks are
+    drawn by their blocks, so these are nudged.
+    """
+    ids_T = torch.tensor([*r.prompt, *r.tokens[:n]], device=sampler.device)
+    with torch.no_grad():
+        logits_AV = sampler.model(ids_T, torch.tensor([0, len(ids_T)], device=sampler.device).int(), len(ids_T))[-1:]
+    key_A, position_A = (torch.tensor([x], device=sampler.device) for x in (stream_key(sampler.seed, r.problem, r.index), n))
+
+    def favoured(word):
+        nudged_AV, first = logits_AV.clone(), word // BLOCK * BLOCK
+        same_block = r.tokens[n] // BLOCK == other // BLOCK
+        nudged_AV[:, slice(word, word + 1) if same_block else slice(first, first + BLOCK)] += nudge
+        return draw(nudged_AV, key_A, position_A, sampler.sampling)[0].item() == word
+
+    return favoured(r.tokens[n]) and favoured(other)
+
+
 @cuda
 @pytest.mark.parametrize("name", BIG)
 @pytest.mark.parametrize("sampling", [
@@ -718,8 +737,8 @@ def test_fast_equals_plain_on_cuda(name, sampling):
     fp32, graphs of several sizes (chunks of both lengths), slots that are refilled, and memory for a few rollouts only, so that
     some are drawn twice: the tokens of the plain path. Without stop ids, since responses that end early leave memory enough.
     Weights of ordinary size: where logits reach the hundreds, fp32 is rounded by 1e-3. Even so the two best words of one draw
-    in 1e5 are closer to each other than 1e-5, what rounding moves, and the 17,500 draws may meet such a tie: at most two
-    rollouts of 175 part, and up to there all is equal. (Two of twelve cases met one when this was first run.)
+    in 1e5 are closer to each other than 1e-5, and rounding decides: rollouts may part at such a tie, and only there. (Two of
+    twelve cases of 17,500 draws parted when this was first run.)
     """
     model, done = Model(ModelConfig.from_dict(BIG[name].to_dict())).init_weights(0.05), []
     page = 2 * model.cfg.num_hidden_layers * model.cfg.num_key_value_heads * 64 * model.cfg.head_dim * 4 / 2**30
@@ -730,13 +749,11 @@ def test_fast_equals_plain_on_cuda(name, sampling):
     assert sampler.preempted > 0
     for other in done[1:]:
         assert done[0].keys() == other.keys()
-        parted = 0
         for key, r in done[0].items():
             twin = other[key]
             n = next((i for i, (a, b) in enumerate(zip(r.tokens, twin.tokens)) if a != b), len(r.tokens))
             assert len(r.tokens) == len(twin.tokens) and r.logps[:n] == pytest.approx(twin.logps[:n], abs=2e-4)
-            parted += n < len(r.tokens)
-        assert parted <= 2
+            assert n == len(r.tokens) or tied(sampler, r, n, twin.tokens[n])
 
 
 @cuda
