@@ -372,7 +372,7 @@ def open_run(cfg: Config) -> Path:
     """
     run, now = Path(cfg.out) / cfg.name, asdict(cfg)
     if (run / "config.json").is_file():
-        before = json.loads((run / "config.json").read_text())["settings"]
+        before = asdict(Config()) | json.loads((run / "config.json").read_text())["settings"]   # an older run lacks newer ones
         for key in now:
             if key not in ("steps", "out") and before.get(key) != now[key]:
                 raise ValueError(f"{run} is a run with --{key} {before.get(key)}, not {now[key]}: give this one another --name")

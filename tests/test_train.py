@@ -336,6 +336,21 @@ def test_two_evaluation_sets_of_one_name(flags, student, tmp_path):
     assert [(name, p[0].text) for name, p in held_out.items()] == [("held", "e0"), ("held-2", "a0")]
 
 
+def test_a_run_from_before_a_setting_goes_on(tmp_path):
+    """--base was added later: a run whose config.json lacks it is one with the default."""
+    for name, settings, wanted in (("old", {}, ""), ("other", {"lr": 1.0}, "is a run with --lr 1.0")):
+        cfg = parse(["--out", str(tmp_path), "--name", name])
+        kept = dataclasses.asdict(cfg) | settings
+        del kept["base"]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"settings": kept}))
+        if wanted:
+            with pytest.raises(ValueError, match=wanted):
+                train.open_run(cfg)
+        else:
+            assert train.open_run(cfg) == tmp_path / name
+
+
 def test_output_folder_of_something_else(refused, tmp_path):
     (tmp_path / "out" / "run").mkdir(parents=True)
     (tmp_path / "out" / "run" / "thesis.tex").write_text("")
