@@ -179,4 +179,6 @@ def base_model(name: str, out: Path, device) -> Path:
         partial.rename(folder)
     except OSError:
         shutil.rmtree(partial)
+        if not folder.exists():
+            raise
     return folder
