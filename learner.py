@@ -104,7 +104,7 @@ def make_optimizer(model, cfg) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
     groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, 0.95), fused=matrices[0].is_cuda)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, 0.95), fused=True)
     # Made here and not in the first step, so that a checkpoint has the same entries before and after it.
     for p in model.parameters():
         count = torch.zeros((), device=p.device if p.is_cuda else None)
@@ -167,8 +167,9 @@ def packed(items: list[Trained], weights, device) -> dict:
     ids = np.fromiter(itertools.chain.from_iterable(itertools.chain(x.prompt, x.tokens) for x in items), np.int64, cu[-1])
     rows = np.concatenate([np.arange(end - n, end) for end, n in zip(cu[1:], sizes)]) - 1
 
-    def tensor(values, dtype=np.float32):
-        return torch.as_tensor(np.asarray(values, dtype), device=device)
+    def tensor(values, dtype=np.float32):   # from pinned memory, or the copy to a GPU would wait for the batch before
+        x = torch.as_tensor(np.asarray(values, dtype))
+        return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x
 
     return dict(
         ids_T=tensor(ids, np.int64), cu=tensor(cu, np.int32), max_len=int(np.diff(cu).max()), rows_R=tensor(rows, np.int64),
@@ -189,18 +190,17 @@ def update(model, optimizer, batch: list[Trained], lr: float, cfg, rank, world, 
     lengths, sizes = [len(x.tokens) for x in batch], [len(x.prompt) + len(x.tokens) for x in batch]
     weights = aero.token_weights([x.place for x in batch], lengths, cfg.loss_norm, cfg.max_new)
     costs = [cost(model.cfg, len(x.prompt), len(x.tokens)) for x in batch]
-    shortest = sizes.index(min(sizes))
-    # All of them now: a copy to the device in between would wait for it, and it for the next micro-batch.
-    micro = [packed([batch[i] for i in some or [shortest]], weights[some] if some else [0.0], device)
-             for some in pack(costs, sizes, world, cfg.micro_tokens)[rank]]
+    shortest, mine, micro = sizes.index(min(sizes)), pack(costs, sizes, world, cfg.micro_tokens)[rank], []
     for group in optimizer.param_groups:
         group["lr"] = lr
     sums, largest = torch.zeros(6, dtype=torch.float64, device=device), torch.zeros((), device=device)
-    norm, skipped, peak = 0.0, 0, 0.0
+    norms = []
     for number in range(cfg.updates_per_batch):
         optimizer.zero_grad()
-        for m, t in enumerate(micro):
-            last = m == len(micro) - 1
+        for m, some in enumerate(mine):
+            if number == 0:     # packed while the device works on the one before
+                micro.append(packed([batch[i] for i in some or [shortest]], weights[some] if some else [0.0], device))
+            t, last = micro[m], m == len(mine) - 1
             model.set_requires_all_reduce(last)
             if not cfg.reshard:     # weights are gathered once, gradients are summed where they are until the last one
                 model.set_requires_gradient_sync(last)
@@ -224,20 +224,19 @@ def update(model, optimizer, batch: list[Trained], lr: float, cfg, rank, world, 
                     gap_R, entropy_R = ((t["weight_R"] > 0) * x_R for x_R in (logp_R - t["sampled_R"], entropy_R))
                     sums[4:] += torch.stack([entropy_R.sum(), (gap_R.exp() - 1 - gap_R).sum()])
                     largest = torch.maximum(largest, gap_R.abs().max())
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).full_tensor().item()
-        if math.isfinite(norm):
-            optimizer.step()
-            peak = max(peak, norm)
-        else:
-            skipped += 1
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).full_tensor())
+        optimizer.found_inf = 1.0 - norms[-1].isfinite().float()     # its kernel then leaves weights and moments as they are
+        optimizer.step()        # queued before anybody has seen the norm
     optimizer.zero_grad()
     dist.all_reduce(sums)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     loss, clipped, ratio, weight, entropy, gap = sums.tolist()
+    norms = torch.stack(norms).tolist()
+    finite = [norm for norm in norms if math.isfinite(norm)]
     return {
         "loss/policy": loss / cfg.updates_per_batch, "loss/clip_frac": clipped / weight, "loss/ratio_mean": ratio / weight,
         "policy/entropy": entropy / sum(lengths), "mismatch/kl": gap / sum(lengths), "mismatch/max_abs": largest.item(),
-        "optim/lr": lr, "optim/grad_norm": peak if skipped < cfg.updates_per_batch else norm, "optim/skipped": skipped,
+        "optim/lr": lr, "optim/grad_norm": max(finite, default=norms[-1]), "optim/skipped": len(norms) - len(finite),
     }
 
 
