@@ -78,7 +78,8 @@ def turn(x_THE: Tensor, cos: Tensor, sin: Tensor, out_THE: Tensor | None = None)
         a, b = x_THE.chunk(2, -1)
         return out_THE.copy_(torch.cat((a * cos - b * sin, b * cos + a * sin), -1))
     x_THE = x_THE if x_THE.stride()[1:] == (E, 1) else x_THE.contiguous()
-    rotate_kernel[T,](x_THE, cos, sin, out_THE, x_THE.stride(0), out_THE.stride(0), H, E, triton.next_power_of_2(H), num_warps=2)
+    rows = x_THE.stride(0), out_THE.stride(0)
+    rotate_kernel[T,](x_THE, cos, sin, out_THE, *rows, H, E, triton.next_power_of_2(H), num_warps=2)
     return out_THE
 
 

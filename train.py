@@ -135,7 +135,7 @@ PRETRAINED = dict(
 # What --base small changes: problems of which a third is settled from the start, one way or the other. A dozen such runs fit
 # side by side on one GPU.
 SMALL = dict(
-    data="arithmetic:train:16000:5-18", eval_data="arithmetic:heldout:1008:5-18", problems=16, max_new=1024, slots=1024,
+    data="arithmetic:train:16000:5-18", eval_data="arithmetic:heldout:1400:5-18", problems=16, max_new=1024, slots=1024,
     steps=100, lr=3e-5, micro_tokens=16384, save_every=100,
 )
 

@@ -6,7 +6,7 @@ The evidence: which runs were made, their numbers in one small file, and the tab
     python results/evidence.py best results/tune.jsonl                                      the learning rates to put below
     python results/evidence.py report [results/evidence.jsonl]      Markdown; evidence.png and evidence_settings.png beside it
 
-GROUP: tune (comes first, on a seed of its own), main, others, ablations, variants, timing (alone on the GPU: xargs -P 1).
+GROUP: tune (comes first, on a seed of its own), main, others, ablations, variants, beyond, timing (xargs -P 1).
 """
 
 import itertools
@@ -28,7 +28,6 @@ GRID = (1.5e-5, 3e-5, 6e-5)
 LR = {"grpo": 3e-5, "grpo_skip": 3e-5, "aero": 3e-5, "reinforce_ada": 3e-5, "pods": 1.5e-5, "dapo": 3e-5, "mc_grpo": 3e-5,
       "sign": 3e-5}  # fmt: skip
 TUNE_SEED = 100
-STEPS = {"tune": 0, "timing": 30, "runs": 0}    # 0: what --base small says
 
 SETTINGS = {    # group: (seeds, {setting: (algorithm, flags)})
     "main": (range(5), {
@@ -51,10 +50,13 @@ SETTINGS = {    # group: (seeds, {setting: (algorithm, flags)})
     "variants": (range(3), {
         "aero-extra8": ("aero", "--n_extra 8"),
         "aero-4+4": ("aero", "--n_explore 4 --n_extra 4"),
-        "aero-4+4-no-posterior": ("aero", "--n_explore 4 --n_extra 4 --posterior False"),
         "dapo-8": ("dapo", "--n_total 8"),
         "aero-long": ("aero", "--steps 240"),           # about what grpo's 100 steps cost
         "grpo_skip-long": ("grpo_skip", "--steps 260"),
+    }),
+    "beyond": (range(5), {
+        "aero-even": ("aero", "--n_extra 8 --k 2 --k_right 2"),
+        "aero-even-signed": ("aero", "--n_extra 8 --k 2 --k_right 2 --posterior_advantage signed --n_same 2"),
     }),
 }
 GROUP = {setting: group for group, (_, settings) in SETTINGS.items() for setting in settings}
@@ -73,24 +75,25 @@ START = 5       # steps that the seconds per step leave out: kernels and graphs 
 # Before: commands. After: a line of a few kB per run.
 
 def commands(group: str, out: str):
-    def command(setting, algo, lr, seed, flags, steps):
+    def command(setting, algo, lr, seed, flags):
         return (f"python train.py --base small --algo {algo} --lr {lr:g} --seed {seed} --name {setting}-s{seed} --out {out}"
-                + f" --steps {steps}" * bool(steps) + f" {flags}".rstrip())
+                f" {flags}".rstrip())
 
     every = {name: run for _, settings in SETTINGS.values() for name, run in settings.items()}
     if group == "tune":
         for algo, lr in itertools.product(LR, GRID):
             flags = f"{every[algo][1]} --eval_every 1000".lstrip()
-            yield command(f"tune-{algo}-{lr:g}", algo, lr, TUNE_SEED, flags, STEPS["tune"])
+            yield command(f"tune-{algo}-{lr:g}", algo, lr, TUNE_SEED, flags)
     elif group == "timing":
-        for name, (algo, flags) in every.items():
-            if "--steps" not in flags:      # a longer run has the steps of its twin
-                flags += " --eval_limit 8 --eval_every 1000"    # before the first step, so that graders have started
-                yield command(f"timing-{name}", algo, LR[algo], 0, flags.lstrip(), STEPS["timing"])
+        for seed, (name, (algo, flags)) in itertools.product(range(3), every.items()):
+            # A longer run has the steps of its twin. Few problems are evaluated, before the first step, so that graders have
+            # started, and after the last.
+            if "--steps" not in flags and (seed == 0 or GROUP[name] == "main"):
+                yield command(f"timing-{name}", algo, LR[algo], seed, f"{flags} --eval_limit 8 --eval_every 1000".lstrip())
     elif group in SETTINGS:
         seeds, settings = SETTINGS[group]
         for seed, (name, (algo, flags)) in itertools.product(seeds, settings.items()):
-            yield command(name, algo, LR[algo], seed, flags, STEPS["runs"])
+            yield command(name, algo, LR[algo], seed, flags)
     else:
         raise ValueError(f"group {group}: wanted one of tune timing {' '.join(SETTINGS)}")
 
@@ -146,6 +149,7 @@ def record(run: Path) -> dict:
         flat={key: [round(row[f"group/{key}_frac"], 4) for row in steps] for key in ("all_right", "all_wrong")},
         timed_steps=len(timed), total={name: total[last] for name, total in totals.items()},
         saved_frac=steps[-1]["compute/saved_frac"],
+        avg_se=json.loads((run / "eval" / f"{held_out}-step{last}.json").read_text())["avg_at_k_se"] if held_out else None,
         reward=[round(row["reward/mean"], 4) for row in steps],
         base=base_policy(run / "eval" / f"{held_out}-step0.jsonl") if held_out else None,
     ))  # fmt: skip
@@ -171,17 +175,20 @@ def reaches(xs, ys, target: float) -> float | None:
 
 
 class Setting:
-    """The seeds of a setting, and the run that timed it with the GPU to itself, if there is one."""
+    """The seeds of a setting, and those that timed it with the GPU to itself, if there are any."""
 
-    def __init__(self, runs: dict[int, dict], timing: dict | None):
-        self.runs, self.one = runs, next(iter(runs.values()))
-        timed = [timing] if timing else [*runs.values()]
-        self.phases = {p: float(np.mean([run["seconds"][p] / run["timed_steps"] for run in timed])) for p in PHASES}
-        self.step_seconds, self.mark = sum(self.phases.values()), "" if timing else "*"
+    def __init__(self, runs: dict[int, dict], timing: dict[int, dict]):
+        self.runs, self.one, self.mark = runs, next(iter(runs.values())), "" if timing else "*"
+        self.timed = {seed: {p: run["seconds"][p] / run["timed_steps"] for p in PHASES}
+                      for seed, run in (timing or runs).items()}  # fmt: skip
+        self.phases = {p: float(np.mean([phases[p] for phases in self.timed.values()])) for p in PHASES}
+        self.step_seconds = sum(self.phases.values())
         for at in (at for run in runs.values() for at in run["evals"]):
             at |= {"flops": at["rollout_flops"] + at["train_flops"], "seconds": at["step"] * self.step_seconds}
 
     def final(self, key: str) -> dict[int, float]:
+        if key == "step":
+            return {seed: sum(phases.values()) for seed, phases in self.timed.items()}
         return {seed: run["evals"][-1][key] for seed, run in self.runs.items()}
 
     def mean(self, key: str) -> float:
@@ -204,20 +211,21 @@ def versus(a: Setting, b: Setting | None, key="avg", equal="") -> tuple[float, f
     """
     Interval of a - b over the seeds that both have, which saw the same problems in the same order (but for dapo, which draws
     more of them). equal: a cost, at which the scores are compared, when both had spent what the cheaper spends in all.
-    key "flops": what a spends more, as a share of b.
+    key "flops", "step": what a spends more in all, or seconds in a step, as a share of b.
     """
-    if b is None or b is a or not a.runs.keys() & b.runs.keys():
+    if b is None or b is a or not a.final(key).keys() & b.final(key).keys():
         return None
     least = min(a.mean(equal), b.mean(equal)) if equal else None
     x, y = (side.score_at(equal, least) if equal else side.final(key) for side in (a, b))
-    return interval([x[seed] / y[seed] - 1 if key == "flops" else x[seed] - y[seed] for seed in sorted(x.keys() & y.keys())])
+    pairs = [(x[seed], y[seed]) for seed in sorted(x.keys() & y.keys())]
+    return interval([a / b - 1 if key in ("flops", "step") else a - b for a, b in pairs])
 
 
 def load(path: Path) -> dict[str, Setting]:
-    runs, timing, order = defaultdict(dict), {}, [*GROUP]
+    runs, timing, order = defaultdict(dict), defaultdict(dict), [*GROUP]
     for run in json_rows(path):
         if run["group"] == "timing":
-            timing[run["setting"].removeprefix("timing-")] = run
+            timing[run["setting"].removeprefix("timing-")][run["seed"]] = run
         elif run["group"] != "tune":
             seeds = runs[run["setting"]]
             if run["seed"] in seeds or any(run[x] != other[x] for other in seeds.values() for x in ("lr", "steps", "flags")):
@@ -226,7 +234,7 @@ def load(path: Path) -> dict[str, Setting]:
     if not runs:
         raise ValueError(f"{path}: found no run to report")
     order += sorted(runs.keys() - GROUP.keys())
-    return {name: Setting(runs[name], timing.get(name)) for name in sorted(runs, key=order.index)}
+    return {name: Setting(runs[name], timing[name]) for name in sorted(runs, key=order.index)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -302,15 +310,15 @@ def tables(found: dict[str, Setting]) -> str:
         rows.append([what, claimed])
         for other in (grpo, skip):
             both = aero and other
-            gap = both and (aero.step_seconds / other.step_seconds - 1, None)
-            gap = versus(aero, other, key, equal) if both and key != "step" else gap
+            gap = both and versus(aero, other, key, equal)
             mark = (aero.mark or other.mark) * (key == "step") if both else ""
             rows[-1] += [gap and signed(gap, "+.3f" if claim is None else "+.1%") + mark, verdict(gap, claim)]
     hours, to_skip = sum(run["total"]["seconds"] for run in runs) / 3600, "- grpo_skip | - grpo_skip at equal FLOPs"
     return "\n".join([
         f"{len(runs)} runs of {known['steps']} steps on {known['device']}, commit {known['commit']}, evaluated on "
         f"{known['eval_data']}; their steps took {hours:.1f} hours, side by side or not. In brackets: 95 % intervals over "
-        "seeds, paired. Seconds are those of the short runs that had the GPU alone; *: of the runs themselves, side by side.\n",
+        "seeds, paired. Seconds are those of runs that had the GPU alone; *: of the runs themselves, side by side. A score at "
+        f"the end has a standard error over problems of at most {max(run['avg_se'] or 0 for run in runs):.3f}.\n",
         base_line(runs),
         table("Settings", f"setting | seeds | lr | avg@{k} +- sd | pass@{k} | - grpo | {to_skip} | drawn | trained on | "
               f"TFLOPs (against grpo) | s per step | TFLOPs to grpo's score - {SLACK:g} | seconds to it", main),

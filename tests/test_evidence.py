@@ -30,6 +30,7 @@ def run_folder(root, setting, seed, scores, *flags, seconds=2.0, done=4):
         if step <= done:
             rows[step] |= {"eval/held/avg_at_k": score, "eval/held/pass_at_k": score + 0.1}
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "eval" / "held-step4.json").write_text('{"avg_at_k_se": 0.0123}')
     answers = [(problem, sample, float(problem > sample)) for problem in (0, 4, 9) for sample in range(9)]
     (run / "eval" / "held-step0.jsonl").write_text("".join(
         json.dumps(dict(problem=p, sample=s, score=score, length=10 if score else 30)) + "\n" for p, s, score in answers))
@@ -47,8 +48,8 @@ def file(tmp_path, capsys):
         run_folder(tmp_path, "aero", 2, [0.2, 0.9, 0.9], "--n_total=10"),
         run_folder(tmp_path, "aero-k2", 0, [0.2, 0.3], "--k=2", done=3),
         run_folder(tmp_path, "other", 0, [0.2, 0.4, 0.6], "--algo=grpo"),
-        run_folder(tmp_path, "timing-aero", 0, [], seconds=1.0),
-        run_folder(tmp_path, "timing-grpo", 0, [], "--algo=grpo", seconds=4.0),
+        run_folder(tmp_path, "timing-aero", 1, [], seconds=1.0),
+        run_folder(tmp_path, "timing-grpo", 1, [], "--algo=grpo", seconds=4.0),
     ]
     assert evidence.main(["collect", *folders, str(tmp_path)]) == 0
     out, err = capsys.readouterr()
@@ -67,6 +68,7 @@ def test_collect(file):
                                "rollout_flops": 2e13, "train_flops": 4e12, "seconds": 4.0}  # fmt: skip
     assert run["reward"] == [0.1235] * 4 and run["flat"]["all_wrong"] == [0.4] * 4
     assert (run["timed_steps"], run["seconds"]["rollout"], run["seconds"]["eval"]) == (2, 2.0, 6.0)     # of steps 3 and 4
+    assert run["avg_se"] == 0.0123
     base = run["base"]      # of 0, 4 and 9 right samples in 9: among the first 8, one problem all right and one all wrong
     rates = [0, 4 / 9, 1]
     assert base["avg"] == pytest.approx(sum(rates) / 3, abs=1e-5) and base["all_right"] == base["all_wrong"] == 0.33333
@@ -115,7 +117,7 @@ def test_quantiles_of_t(df):
 
 def test_commands(capsys, monkeypatch, tmp_path):
     """Every setting is one that train.py takes and collect knows; xargs passes each line on as it is."""
-    for group, count in dict(tune=24, main=15, others=15, ablations=27, variants=18, timing=21).items():
+    for group, count in dict(tune=24, main=15, others=15, ablations=27, variants=15, beyond=10, timing=28).items():
         assert evidence.main(["commands", group, "--out", "there"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert len(set(lines)) == count
