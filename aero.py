@@ -53,7 +53,6 @@ class Settings:
     n_keep: int = knob(4, "rollouts kept of a group by the algorithms that down-sample (pods, reinforce_ada)")
     u_res: float = knob(0.0, "rescue a problem whose success rate after the first round is at most this")
     k: int = knob(1, "rejection keeps k wrong rollouts for each right one")
-    k_right: int = knob(0, "not in the paper: and at most so many right ones for each wrong one, 0: all of them")
     n_same: int = knob(4, "rollouts kept of a flat group, weighed by the posterior")
     prior_a: float = knob(1.0, "Beta prior of the success rate: pseudo-count of right rollouts")
     prior_b: float = knob(1.0, "Beta prior of the success rate: pseudo-count of wrong rollouts")
@@ -84,7 +83,6 @@ class Settings:
             need(getattr(self, name) >= 1, f"--{name} {getattr(self, name)}: wanted 1 or more")
         for name in ("prior_a", "prior_b"):
             need(getattr(self, name) > 0, f"--{name} {getattr(self, name)}: wanted a positive pseudo-count")
-        need(self.k_right >= 0, f"--k_right {self.k_right}: wanted 0 or more")
         need(0 <= self.u_res < 0.5, f"--u_res {self.u_res}: wanted 0 <= u_res < 0.5 (above lies the stratum that keeps all)")
         need(self.refill_cap >= 0, f"--refill_cap {self.refill_cap}: wanted 0 or more")
         need(0 < self.clip_low < 1 and self.clip_high > 0,
@@ -150,8 +148,6 @@ def aero_keep(r, s, rng) -> np.ndarray:
         return np.sort(sample(everything(r), min(s.n_same, len(r)), rng)) if s.posterior else nothing()
     if s.rejection and len(right) < len(wrong):                       # strategy 3, rescued problems included
         wrong = sample(wrong, min(s.k * len(right), len(wrong)), rng)
-    elif s.rejection and s.k_right:
-        right = sample(right, min(s.k_right * len(wrong), len(right)), rng)
     return np.sort(np.concatenate([right, wrong]))
 
 

@@ -6,7 +6,7 @@ The evidence: which runs were made, their numbers in one small file, and the tab
     python results/evidence.py best results/tune.jsonl                                      the learning rates to put below
     python results/evidence.py report [results/evidence.jsonl]      Markdown; evidence.png and evidence_settings.png beside it
 
-GROUP: tune (comes first, on a seed of its own), main, others, ablations, variants, beyond, timing (xargs -P 1).
+GROUP: tune (comes first, on a seed of its own), main, others, ablations, variants, timing (alone on the GPU: xargs -P 1).
 """
 
 import itertools
@@ -54,10 +54,6 @@ SETTINGS = {    # group: (seeds, {setting: (algorithm, flags)})
         "aero-long": ("aero", "--steps 240"),           # about what grpo's 100 steps cost
         "grpo_skip-long": ("grpo_skip", "--steps 260"),
     }),
-    "beyond": (range(5), {
-        "aero-even": ("aero", "--n_extra 8 --k 2 --k_right 2"),
-        "aero-even-signed": ("aero", "--n_extra 8 --k 2 --k_right 2 --posterior_advantage signed --n_same 2"),
-    }),
 }
 GROUP = {setting: group for group, (_, settings) in SETTINGS.items() for setting in settings}
 SCORES = {"avg": "avg_at_k", "pass": "pass_at_k"}
@@ -67,6 +63,8 @@ TOTALS = {"drawn": COSTS["drawn"], "trained": COSTS["trained"], "tokens": {"roll
 # Of a step; evaluation and saving are not its work. Waiting for graders is shown and not summed: it is their start, once, a
 # second or two at the first answer that is no integer. Where an evaluation comes before, 95 steps wait for 0.002 s in all.
 PHASES = ("rollout", "update", "sync", "other")
+PAIRS = [("aero-long", "grpo"), ("aero-long", "grpo_skip-long"), ("grpo_skip-long", "grpo"), *(("dapo-8", x) for x in (
+    "grpo", "grpo_skip", "grpo_skip-long", "aero", "aero-token", "aero-long", "dapo"))]  # fmt: skip
 SLACK = 0.01    # "grpo's score" is its final mean less this: its curve is flat at the end
 START = 5       # steps that the seconds per step leave out: kernels and graphs are made in them
 
@@ -182,7 +180,7 @@ class Setting:
         self.timed = {seed: {p: run["seconds"][p] / run["timed_steps"] for p in PHASES}
                       for seed, run in (timing or runs).items()}  # fmt: skip
         self.phases = {p: float(np.mean([phases[p] for phases in self.timed.values()])) for p in PHASES}
-        self.step_seconds = sum(self.phases.values())
+        self.step_seconds, self.problems = sum(self.phases.values()), self.one["base"]["problems"]
         for at in (at for run in runs.values() for at in run["evals"]):
             at |= {"flops": at["rollout_flops"] + at["train_flops"], "seconds": at["step"] * self.step_seconds}
 
@@ -213,7 +211,7 @@ def versus(a: Setting, b: Setting | None, key="avg", equal="") -> tuple[float, f
     more of them). equal: a cost, at which the scores are compared, when both had spent what the cheaper spends in all.
     key "flops", "step": what a spends more in all, or seconds in a step, as a share of b.
     """
-    if b is None or b is a or not a.final(key).keys() & b.final(key).keys():
+    if b is None or b is a or a.problems != b.problems or not a.final(key).keys() & b.final(key).keys():
         return None
     least = min(a.mean(equal), b.mean(equal)) if equal else None
     x, y = (side.score_at(equal, least) if equal else side.final(key) for side in (a, b))
@@ -234,7 +232,7 @@ def load(path: Path) -> dict[str, Setting]:
     if not runs:
         raise ValueError(f"{path}: found no run to report")
     order += sorted(runs.keys() - GROUP.keys())
-    return {name: Setting(runs[name], timing[name]) for name in sorted(runs, key=order.index)}
+    return {name: Setting(runs[name], timing[name.removesuffix("-long")]) for name in sorted(runs, key=order.index)}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -269,7 +267,7 @@ def verdict(gap, claim: float | None) -> str | None:
 
 
 def base_line(runs: list[dict]) -> str:
-    runs = [*{run["seed"]: run for run in runs}.values()]      # every setting of a seed evaluates the same base
+    runs = [*{run["seed"]: run for run in runs[::-1]}.values()]     # every setting of a seed evaluates the same base
     b = {key: np.mean([run["base"][key] for run in runs if run["base"][key] is not None], axis=0) for key in runs[0]["base"]}
     return (
         "The base policy, {n} seeds of {problems:.0f} problems: score {avg:.3f} +- {avg_se:.3f} (over problems); median "
@@ -313,12 +311,15 @@ def tables(found: dict[str, Setting]) -> str:
             gap = both and versus(aero, other, key, equal)
             mark = (aero.mark or other.mark) * (key == "step") if both else ""
             rows[-1] += [gap and signed(gap, "+.3f" if claim is None else "+.1%") + mark, verdict(gap, claim)]
+    pairs = [[f"`{a}` - `{b}`", *(signed(versus(found[a], found[b], equal=equal)) for equal in ("", "flops", "drawn"))]
+             for a, b in PAIRS if a in found and b in found]  # fmt: skip
     hours, to_skip = sum(run["total"]["seconds"] for run in runs) / 3600, "- grpo_skip | - grpo_skip at equal FLOPs"
     return "\n".join([
         f"{len(runs)} runs of {known['steps']} steps on {known['device']}, commit {known['commit']}, evaluated on "
         f"{known['eval_data']}; their steps took {hours:.1f} hours, side by side or not. In brackets: 95 % intervals over "
-        "seeds, paired. Seconds are those of runs that had the GPU alone; *: of the runs themselves, side by side. A score at "
-        f"the end has a standard error over problems of at most {max(run['avg_se'] or 0 for run in runs):.3f}.\n",
+        "seeds, paired. Seconds are those of runs that had the GPU alone, a longer run's those of its twin; *: of the runs "
+        "themselves, side by side. Where no difference stands, other problems were held out. A score at the end has "
+        f"a standard error over problems of at most {max(run.get('avg_se') or 0 for run in runs):.3f}.\n",
         base_line(runs),
         table("Settings", f"setting | seeds | lr | avg@{k} +- sd | pass@{k} | - grpo | {to_skip} | drawn | trained on | "
               f"TFLOPs (against grpo) | s per step | TFLOPs to grpo's score - {SLACK:g} | seconds to it", main),
@@ -328,6 +329,7 @@ def tables(found: dict[str, Setting]) -> str:
               rows),
         table("Parts and variants of AERO", f"setting | flags | seeds | avg@{k} +- sd | - aero | {to_skip} | "
               "TFLOPs (against aero)", parts),
+        table(f"Differences of avg@{k}", "of | at the end | at equal FLOPs | at equal rollouts drawn", pairs),
     ])  # fmt: skip
 
 
@@ -362,7 +364,8 @@ def draw_curves(found: dict[str, Setting], png: Path) -> None:
 
 def draw_settings(found: dict[str, Setting], png: Path) -> None:
     """Final score with its interval over seeds, and FLOPs, of every setting; the cheapest at the bottom."""
-    names = sorted(found, key=lambda name: found[name].mean("flops"))
+    held_out = next(iter(found.values())).problems
+    names = sorted((x for x in found if found[x].problems == held_out), key=lambda name: found[name].mean("flops"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 1.2 + 0.27 * len(names)), sharey=True, layout="constrained",
                                          width_ratios=(3, 2))  # fmt: skip
     for y, name in enumerate(names):

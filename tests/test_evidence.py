@@ -117,7 +117,7 @@ def test_quantiles_of_t(df):
 
 def test_commands(capsys, monkeypatch, tmp_path):
     """Every setting is one that train.py takes and collect knows; xargs passes each line on as it is."""
-    for group, count in dict(tune=24, main=15, others=15, ablations=27, variants=15, beyond=10, timing=28).items():
+    for group, count in dict(tune=24, main=15, others=15, ablations=27, variants=15, timing=26).items():
         assert evidence.main(["commands", group, "--out", "there"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert len(set(lines)) == count
