@@ -9,7 +9,7 @@ on the chunk it came in.
 rotate: rotary positions. torch.compile computes both halves of the concatenation for every element, ten times slower than
 reading and writing it.
 
-Shapes: R rows, V vocabulary, T tokens, H heads, K KV heads, G = H + 2K, E head dim.
+Shapes: R rows, V vocabulary, T tokens, H heads, E head dim.
 """
 
 import torch
@@ -47,51 +47,39 @@ class Rotate(torch.autograd.Function):
     """The gradient of a rotation is the rotation back."""
 
     @staticmethod
-    def forward(ctx, qkv_TGE, cos, sin, heads):
+    def forward(ctx, x_THE, cos, sin):
         ctx.save_for_backward(cos, sin)
-        ctx.heads = heads
-        q, k, v = qkv_TGE.split(heads, 1)
-        return turn(q, cos, sin), turn(k, cos, sin), v.clone()      # a view would keep all of qkv for the backward pass
+        return turn(x_THE, cos, sin)
 
     @staticmethod
-    def backward(ctx, dq, dk, dv):
+    def backward(ctx, grad_THE):
         cos, sin = ctx.saved_tensors
-        grad_TGE = dq.new_empty(len(dq), sum(ctx.heads), dq.shape[-1])
-        q, k, v = grad_TGE.split(ctx.heads, 1)
-        turn(dq, cos, -sin, q)
-        turn(dk, cos, -sin, k)
-        v.copy_(dv)
-        return grad_TGE, None, None, None
+        return turn(grad_THE, cos, -sin), None, None
 
 
-def rotate(qkv_TGE: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """
-    (T, H + 2K, E) -> q, k, v, the pairs (i, i + E/2) of each head of q and k rotated by angles whose cos and sin are
-    (T, 1, E/2), in fp32. heads: (H, K, K).
-    """
-    return Rotate.apply(qkv_TGE, cos, sin, heads)
+def rotate(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (i, i + E/2) of each head by angles whose cos and sin are (T, 1, E/2), in fp32."""
+    return Rotate.apply(x_THE, cos, sin)
 
 
-def turn(x_THE: Tensor, cos: Tensor, sin: Tensor, out_THE: Tensor | None = None) -> Tensor:
-    (T, H, E), out_THE = x_THE.shape, x_THE.new_empty(x_THE.shape) if out_THE is None else out_THE
+def turn(x_THE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (T, H, E), x_THE = x_THE.shape, x_THE.contiguous()
     if not x_THE.is_cuda or E & (E - 1):    # a kernel's tiles have powers of two
         a, b = x_THE.chunk(2, -1)
-        return out_THE.copy_(torch.cat((a * cos - b * sin, b * cos + a * sin), -1))
-    x_THE = x_THE if x_THE.stride()[1:] == (E, 1) else x_THE.contiguous()
-    rows = x_THE.stride(0), out_THE.stride(0)
-    rotate_kernel[T,](x_THE, cos, sin, out_THE, *rows, H, E, triton.next_power_of_2(H), num_warps=2)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x_THE.dtype)
+    out_THE = torch.empty_like(x_THE)
+    rotate_kernel[T,](x_THE, cos, sin, out_THE, H, E, triton.next_power_of_2(H), num_warps=2)
     return out_THE
 
 
 if triton:
     @triton.jit
-    def rotate_kernel(x, cos, sin, out, x_row, out_row, H: tl.constexpr, E: tl.constexpr, HEADS: tl.constexpr):
-        """All heads of one token per program; rows may lie x_row and out_row elements apart."""
+    def rotate_kernel(x, cos, sin, out, H: tl.constexpr, E: tl.constexpr, HEADS: tl.constexpr):
+        """All heads of one token per program."""
         t, half = tl.program_id(0).to(tl.int64), tl.arange(0, E // 2)[None, :]
         head = tl.arange(0, HEADS)[:, None]
         c, s = tl.load(cos + t * (E // 2) + half), tl.load(sin + t * (E // 2) + half)
-        at, real = head * E + half, head < H
-        x, out = x + t * x_row, out + t * out_row
+        at, real = (t * H + head) * E + half, head < H
         a, b = tl.load(x + at, real, 0.0).to(tl.float32), tl.load(x + at + E // 2, real, 0.0).to(tl.float32)
         tl.store(out + at, (a * c - b * s).to(out.dtype.element_ty), real)
         tl.store(out + at + E // 2, (b * c + a * s).to(out.dtype.element_ty), real)

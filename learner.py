@@ -225,8 +225,11 @@ def update(model, optimizer, batch: list[Trained], lr: float, cfg, rank, world, 
                     sums[4:] += torch.stack([entropy_R.sum(), (gap_R.exp() - 1 - gap_R).sum()])
                     largest = torch.maximum(largest, gap_R.abs().max())
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).full_tensor())
-        optimizer.found_inf = 1.0 - norms[-1].isfinite().float()     # its kernel then leaves weights and moments as they are
-        optimizer.step()        # queued before anybody has seen the norm
+        # Queued before anybody has seen the norm, so that the device does not wait: told 1 by the attribute that torch's
+        # GradScaler sets, AdamW's fused kernel leaves weights, moments and its count of steps as they are.
+        optimizer.found_inf = 1.0 - norms[-1].isfinite().float()
+        optimizer.step()
+        optimizer.found_inf = None
     optimizer.zero_grad()
     dist.all_reduce(sums)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)

@@ -256,7 +256,7 @@ class Attention(nn.Module):
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         D, H, K, E = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
-        self.head_dim, self.heads = E, (H, K, K)
+        self.head_dim = E
         self.q_proj = nn.Linear(D, H * E, bias=cfg.qkv_bias)
         self.k_proj = nn.Linear(D, K * E, bias=cfg.qkv_bias)
         self.v_proj = nn.Linear(D, K * E, bias=cfg.qkv_bias)
@@ -264,16 +264,11 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(E, cfg.rms_norm_eps) if cfg.qk_norm else None
         self.k_norm = nn.RMSNorm(E, cfg.rms_norm_eps) if cfg.qk_norm else None
 
-    def qkv(self, x_TD: Tensor) -> Tensor:
-        """(T, H + 2K, E) by one product: K heads are too narrow a matrix for a GPU, and the products' gradients of x are
-        summed inside it. Copying the weights together costs next to nothing."""
-        q, k, v = self.q_proj, self.k_proj, self.v_proj
-        bias = None if q.bias is None else torch.cat((q.bias, k.bias, v.bias))
-        qkv = F.linear(x_TD, torch.cat((q.weight, k.weight, v.weight)), bias).unflatten(-1, (-1, self.head_dim))
-        if self.q_norm is None:
-            return qkv
-        q, k, v = qkv.split(self.heads, 1)
-        return torch.cat((self.q_norm(q), self.k_norm(k), v), 1)
+    def qkv(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (proj(x_TD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -298,11 +293,11 @@ class Block(nn.Module):
         self.mlp = MLP(cfg)
 
     def forward(self, x_TD: Tensor, cos: Tensor, sin: Tensor, cu: Tensor, max_len: int) -> Tensor:
-        q, k, v = rotate(self.before(x_TD), cos, sin, self.self_attn.heads)
-        return self.after(x_TD, attend_packed(q, k, v, cu, max_len))
+        q, k, v = self.before(x_TD)
+        return self.after(x_TD, attend_packed(rotate(q, cos, sin), rotate(k, cos, sin), v, cu, max_len))
 
     # What stands on either side of attention; `run` calls these two around its caller's use of a cache.
-    def before(self, x_TD: Tensor) -> Tensor:
+    def before(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.self_attn.qkv(self.input_layernorm(x_TD))
 
     def after(self, x_TD: Tensor, out_THE: Tensor) -> Tensor:
@@ -365,7 +360,7 @@ class Model(nn.Module):
         if targets_R is None:
             return logits_fp32(self.model.norm(x), self.head)
         # Only rows with a target enter the norm and the head: prompts cost nothing there.
-        return token_logprobs(self.model.norm(x.index_select(0, rows_R)), self.head, targets_R, temperature, coefficient_R)
+        return token_logprobs(self.model.norm(x[rows_R]), self.head, targets_R, temperature, coefficient_R)
 
     @torch.no_grad()
     def run(self, ids_T: Tensor, positions_T: Tensor, attend) -> Tensor:
@@ -374,7 +369,8 @@ class Model(nn.Module):
         x = self.model.embed_tokens(ids_T)
         cos, sin = rope_tables(self.cfg, positions_T)
         for layer, block in enumerate(self.model.layers):
-            x = block.after(x, attend(layer, *rotate(block.before(x), cos, sin, block.self_attn.heads)))
+            q, k, v = block.before(x)
+            x = block.after(x, attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v))
         return self.model.norm(x)
 
 

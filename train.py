@@ -86,7 +86,7 @@ class Config(aero.Settings):
     grad_clip: float = knob(1.0, "largest gradient norm")
     micro_tokens: int = knob(16384, "tokens per micro-batch, prompt and response")
     checkpoint_activations: bool = knob(False, "recompute blocks in backward: less memory, a third more training FLOPs")
-    compile: bool = knob(False, "torch.compile the blocks: a tenth faster, less memory, up to half a minute of start-up")
+    compile: bool = knob(False, "torch.compile the blocks: a tenth faster, less memory, about ten seconds of start-up")
     is_cap: float = knob(0.0, "truncated importance weights min(learner / sampler, cap) on tokens; 0: none")
     shard: str = knob("node", "weights are sharded inside a node and replicated across (node), or sharded over all (world)")
     reshard: bool = knob(False, "free gathered weights and gradients after every block: less memory, more traffic")
@@ -125,8 +125,8 @@ class Config(aero.Settings):
             raise ValueError(f"--name {self.name}: wanted a plain folder name under --out {self.out}")
 
 
-# What --model changes, unless a flag says otherwise: Qwen2.5-Math-1.5B on MATH with a context of 4096. Compiling takes half a
-# minute once and a tenth off every update; on a CPU a minute, for little.
+# What --model changes, unless a flag says otherwise: Qwen2.5-Math-1.5B on MATH with a context of 4096. Compiling takes ten
+# seconds once and a tenth off every update; on a CPU a minute, for little.
 PRETRAINED = dict(
     data="math", eval_data="math500", template="qwen_math", problems=128, max_new=3072, slots=256, graders=4, steps=400,
     lr=1e-6, warmup=10, micro_tokens=16384, compile=torch.cuda.is_available(), eval_every=20, eval_k=4, save_every=20,

@@ -60,9 +60,10 @@ SCORES = {"avg": "avg_at_k", "pass": "pass_at_k"}
 TOTALS = {"drawn": COSTS["drawn"], "trained": COSTS["trained"], "tokens": {"rollout/tokens": 1},
           "rollout_flops": {"compute/rollout_flops": 1}, "train_flops": {"compute/train_flops": 1},
           "seconds": COSTS["seconds"] | {"time/save": -1}}  # fmt: skip
-# Of a step; evaluation and saving are not its work. Waiting for graders is shown and not summed: it is their start, once, a
-# second or two at the first answer that is no integer. Where an evaluation comes before, 95 steps wait for 0.002 s in all.
+# Of a step; evaluation and saving are not its work. Waiting for graders is not summed: it is their start, once, a second or
+# two at the first answer that is no integer. Where one comes before the first step, 95 steps wait for 0.002 s in all.
 PHASES = ("rollout", "update", "sync", "other")
+# Compared beside grpo, grpo_skip and aero: longer runs with each other, and the setting that is best with what comes near.
 PAIRS = [("aero-long", "grpo"), ("aero-long", "grpo_skip-long"), ("grpo_skip-long", "grpo"), *(("dapo-8", x) for x in (
     "grpo", "grpo_skip", "grpo_skip-long", "aero", "aero-token", "aero-long", "dapo"))]  # fmt: skip
 SLACK = 0.01    # "grpo's score" is its final mean less this: its curve is flat at the end
@@ -84,8 +85,7 @@ def commands(group: str, out: str):
             yield command(f"tune-{algo}-{lr:g}", algo, lr, TUNE_SEED, flags)
     elif group == "timing":
         for seed, (name, (algo, flags)) in itertools.product(range(3), every.items()):
-            # A longer run has the steps of its twin. Few problems are evaluated, before the first step, so that graders have
-            # started, and after the last.
+            # A longer run has the steps of its twin. Few problems are evaluated, before the first step and after the last.
             if "--steps" not in flags and (seed == 0 or GROUP[name] == "main"):
                 yield command(f"timing-{name}", algo, LR[algo], seed, f"{flags} --eval_limit 8 --eval_every 1000".lstrip())
     elif group in SETTINGS:
@@ -180,7 +180,7 @@ class Setting:
         self.timed = {seed: {p: run["seconds"][p] / run["timed_steps"] for p in PHASES}
                       for seed, run in (timing or runs).items()}  # fmt: skip
         self.phases = {p: float(np.mean([phases[p] for phases in self.timed.values()])) for p in PHASES}
-        self.step_seconds, self.problems = sum(self.phases.values()), self.one["base"]["problems"]
+        self.step_seconds = sum(self.phases.values())
         for at in (at for run in runs.values() for at in run["evals"]):
             at |= {"flops": at["rollout_flops"] + at["train_flops"], "seconds": at["step"] * self.step_seconds}
 
@@ -211,7 +211,7 @@ def versus(a: Setting, b: Setting | None, key="avg", equal="") -> tuple[float, f
     more of them). equal: a cost, at which the scores are compared, when both had spent what the cheaper spends in all.
     key "flops", "step": what a spends more in all, or seconds in a step, as a share of b.
     """
-    if b is None or b is a or a.problems != b.problems or not a.final(key).keys() & b.final(key).keys():
+    if b is None or b is a or not a.final(key).keys() & b.final(key).keys():
         return None
     least = min(a.mean(equal), b.mean(equal)) if equal else None
     x, y = (side.score_at(equal, least) if equal else side.final(key) for side in (a, b))
@@ -267,7 +267,7 @@ def verdict(gap, claim: float | None) -> str | None:
 
 
 def base_line(runs: list[dict]) -> str:
-    runs = [*{run["seed"]: run for run in runs[::-1]}.values()]     # every setting of a seed evaluates the same base
+    runs = [*{run["seed"]: run for run in runs}.values()]      # every setting of a seed evaluates the same base
     b = {key: np.mean([run["base"][key] for run in runs if run["base"][key] is not None], axis=0) for key in runs[0]["base"]}
     return (
         "The base policy, {n} seeds of {problems:.0f} problems: score {avg:.3f} +- {avg_se:.3f} (over problems); median "
@@ -296,8 +296,8 @@ def tables(found: dict[str, Setting]) -> str:
         phases.append([label, *(f"{s.phases[p]:.3f}" for p in PHASES), seconds, *(short(s.mean(key) / n / 1e12) for key in
                       ("rollout_flops", "train_flops")), f"{np.mean([r['saved_frac'] for r in s.runs.values()]):.1%}"])
         if name not in SETTINGS["main"][1] and s.one["algo"] == "aero":
-            parts.append([label, f"`{flags}`", len(scores), score, signed(versus(s, aero)), signed(versus(s, skip)),
-                          signed(versus(s, skip, equal="flops")), cost + to_aero])
+            parts.append([label, f"`{flags}`", len(scores), score, *(signed(versus(s, x, equal=equal)) for x in (aero, skip)
+                          for equal in ("", "flops")), cost + to_aero])
     rows = []
     for what, claimed, claim, key, equal in (
         ("FLOPs, generation and training", "-48%", -0.48, "flops", ""), ("seconds per step", "-45%", -0.45, "step", ""),
@@ -318,8 +318,8 @@ def tables(found: dict[str, Setting]) -> str:
         f"{len(runs)} runs of {known['steps']} steps on {known['device']}, commit {known['commit']}, evaluated on "
         f"{known['eval_data']}; their steps took {hours:.1f} hours, side by side or not. In brackets: 95 % intervals over "
         "seeds, paired. Seconds are those of runs that had the GPU alone, a longer run's those of its twin; *: of the runs "
-        "themselves, side by side. Where no difference stands, other problems were held out. A score at the end has "
-        f"a standard error over problems of at most {max(run.get('avg_se') or 0 for run in runs):.3f}.\n",
+        "themselves, side by side. A score at the end has "
+        f"a standard error over problems of at most {max(run['avg_se'] for run in runs):.3f}.\n",
         base_line(runs),
         table("Settings", f"setting | seeds | lr | avg@{k} +- sd | pass@{k} | - grpo | {to_skip} | drawn | trained on | "
               f"TFLOPs (against grpo) | s per step | TFLOPs to grpo's score - {SLACK:g} | seconds to it", main),
@@ -327,7 +327,7 @@ def tables(found: dict[str, Setting]) -> str:
               "of training | saved_frac", phases),
         table("The paper's claims", "of aero | claimed | against grpo, N = 16 | verdict | against grpo_skip, N = 8 | verdict",
               rows),
-        table("Parts and variants of AERO", f"setting | flags | seeds | avg@{k} +- sd | - aero | {to_skip} | "
+        table("Parts and variants of AERO", f"setting | flags | seeds | avg@{k} +- sd | - aero | at equal FLOPs | {to_skip} | "
               "TFLOPs (against aero)", parts),
         table(f"Differences of avg@{k}", "of | at the end | at equal FLOPs | at equal rollouts drawn", pairs),
     ])  # fmt: skip
@@ -364,8 +364,7 @@ def draw_curves(found: dict[str, Setting], png: Path) -> None:
 
 def draw_settings(found: dict[str, Setting], png: Path) -> None:
     """Final score with its interval over seeds, and FLOPs, of every setting; the cheapest at the bottom."""
-    held_out = next(iter(found.values())).problems
-    names = sorted((x for x in found if found[x].problems == held_out), key=lambda name: found[name].mean("flops"))
+    names = sorted(found, key=lambda name: found[name].mean("flops"))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 1.2 + 0.27 * len(names)), sharey=True, layout="constrained",
                                          width_ratios=(3, 2))  # fmt: skip
     for y, name in enumerate(names):

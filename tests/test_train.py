@@ -447,10 +447,11 @@ def one_process():
 
 
 class SGD(torch.optim.SGD):
-    """Its step is the gradient. torch's has no kernel that knows found_inf, as AdamW's has."""
+    """Its step is the gradient. torch's fused kernel, which knows found_inf, does not take DTensors."""
 
     def step(self):
-        if not self.__dict__.pop("found_inf"):
+        found_inf, self.found_inf = self.found_inf, None
+        if not found_inf:
             super().step()
 
 
@@ -765,6 +766,9 @@ def test_the_learner_on_cuda(student):
         for other in found[1:]:
             for name in ("optim/grad_norm", "policy/entropy"):
                 assert [m[name] for m in other] == pytest.approx([m[name] for m in found[0]], rel=2e-2), name
+        before, bad = weights_of(model), [x._replace(advantage=NAN) for x in unequal_batch()]
+        assert update(model, optimizer, bad, 1e-3, cfg, 0, 1, device)["optim/skipped"] == 1
+        assert all(torch.equal(w, before[name]) for name, w in train.full_weights(model))
     finally:
         dist.destroy_process_group()
 
