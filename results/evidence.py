@@ -319,7 +319,7 @@ def tables(found: dict[str, Setting]) -> str:
         f"{known['eval_data']}; their steps took {hours:.1f} hours, side by side or not. In brackets: 95 % intervals over "
         "seeds, paired. Seconds are those of runs that had the GPU alone, a longer run's those of its twin; *: of the runs "
         "themselves, side by side. A score at the end has "
-        f"a standard error over problems of at most {max(run['avg_se'] for run in runs):.3f}.\n",
+        f"a standard error over problems of at most {max(run.get('avg_se', 0) for run in runs):.3f}.\n",
         base_line(runs),
         table("Settings", f"setting | seeds | lr | avg@{k} +- sd | pass@{k} | - grpo | {to_skip} | drawn | trained on | "
               f"TFLOPs (against grpo) | s per step | TFLOPs to grpo's score - {SLACK:g} | seconds to it", main),
