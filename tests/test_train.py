@@ -796,15 +796,23 @@ def test_plan():
         assert less.memory["activations"] < one.memory["activations"]
 
 
-# Measured peaks in GiB of `bench.py learner --shape qwen2.5-math-1.5b` on H200: (settings, ranks, GiB). See LOG.md.
-MEASURED = [(dict(micro_tokens=16640), 1, 71.15), (dict(micro_tokens=33280, compile=True), 1, 94.08)]
+# Measured peaks in GiB of `bench.py learner --shape qwen2.5-math-1.5b` on H200: (settings, ranks, of a node, GiB). See LOG.md.
+# micro_tokens: as many as the fullest micro-batch had, which are evened.
+MEASURED = [
+    (dict(micro_tokens=16640), 1, 1, 71.15), (dict(micro_tokens=33280, compile=True), 1, 1, 94.08),
+    (dict(micro_tokens=40960, compile=True), 1, 1, 110.14), (dict(micro_tokens=14080, compile=True), 2, 2, 50.16),
+    (dict(micro_tokens=14080, compile=True), 2, 1, 58.77), (dict(micro_tokens=14080, compile=True, reshard=True), 2, 2, 44.94),
+    (dict(micro_tokens=27520, compile=True, checkpoint_activations=True), 1, 1, 33.94),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes, world, gib", MEASURED, ids=str)
-def test_plan_is_what_was_measured(changes, world, gib):
-    planned = plan(SHAPE, Config(**changes), world, world, 0, 640, 163_840 // world).memory
+@pytest.mark.parametrize("changes, world, node, gib", MEASURED, ids=str)
+def test_plan_is_what_was_measured(changes, world, node, gib):
+    planned = plan(SHAPE, Config(**changes), world, node, 0, 640, 163_840 // world).memory
     planned.pop("sampler")
-    assert sum(planned.values()) / 2**30 == pytest.approx(gib, rel=0.02)
+    # What is there at the same time is less sharp where blocks free what they held.
+    close = 0.05 if "reshard" in changes or "checkpoint_activations" in changes else 0.015
+    assert sum(planned.values()) / 2**30 == pytest.approx(gib, rel=close)
 
 
 def test_what_does_not_fit_is_refused_with_what_to_change():
