@@ -6,7 +6,8 @@ The evidence: which runs were made, their numbers in one small file, and the tab
     python results/evidence.py best results/tune.jsonl                                      the learning rates to put below
     python results/evidence.py report [results/evidence.jsonl]      Markdown; evidence.png and evidence_settings.png beside it
 
-GROUP: tune (comes first, on a seed of its own), main, others, ablations, variants, timing (alone on the GPU: xargs -P 1).
+GROUP: tune (comes first, on a seed of its own), main, others, ablations, variants, timing (alone on the GPU: xargs -P 1),
+and refill, on the default task and a CPU, which has a file of its own, results/refill.jsonl.
 """
 
 import itertools
@@ -54,6 +55,14 @@ SETTINGS = {    # group: (seeds, {setting: (algorithm, flags)})
         "aero-long": ("aero", "--steps 240"),           # about what grpo's 100 steps cost
         "grpo_skip-long": ("grpo_skip", "--steps 260"),
     }),
+    "refill": (range(5), {      # is it the refilling that helps dapo-8, or that it weighs by tokens?
+        "tiny-grpo_skip": ("grpo_skip", "--n_total 8"),
+        "tiny-grpo_skip-token": ("grpo_skip", "--n_total 8 --loss_norm token"),
+        "tiny-aero": ("aero", ""),
+        "tiny-aero-token": ("aero", "--loss_norm token"),
+        "tiny-dapo-8": ("dapo", "--n_total 8"),
+        "tiny-dapo-8-prompt": ("dapo", "--n_total 8 --loss_norm prompt"),
+    }),
 }
 GROUP = {setting: group for group, (_, settings) in SETTINGS.items() for setting in settings}
 SCORES = {"avg": "avg_at_k", "pass": "pass_at_k"}
@@ -63,9 +72,14 @@ TOTALS = {"drawn": COSTS["drawn"], "trained": COSTS["trained"], "tokens": {"roll
 # Of a step; evaluation and saving are not its work. Waiting for graders is not summed: it is their start, once, a second or
 # two at the first answer that is no integer. Where one comes before the first step, 95 steps wait for 0.002 s in all.
 PHASES = ("rollout", "update", "sync", "other")
-# Compared beside grpo, grpo_skip and aero: longer runs with each other, and the setting that is best with what comes near.
-PAIRS = [("aero-long", "grpo"), ("aero-long", "grpo_skip-long"), ("grpo_skip-long", "grpo"), *(("dapo-8", x) for x in (
-    "grpo", "grpo_skip", "grpo_skip-long", "aero", "aero-token", "aero-long", "dapo"))]  # fmt: skip
+# Compared beside grpo, grpo_skip and aero: longer runs with each other, the setting that is best with what comes near, and
+# what makes it so.
+PAIRS = [
+    ("aero-long", "grpo"), ("aero-long", "grpo_skip-long"), ("grpo_skip-long", "grpo"),
+    *(("dapo-8", x) for x in ("grpo", "grpo_skip", "grpo_skip-long", "aero", "aero-token", "aero-long", "dapo")),
+    *((f"tiny-dapo-8{end}", f"tiny-{x}") for end in ("", "-prompt") for x in ("grpo_skip", "aero")),
+    *((f"tiny-{x}-token", f"tiny-{x}") for x in ("grpo_skip", "aero")),
+]  # fmt: skip
 SLACK = 0.01    # "grpo's score" is its final mean less this: its curve is flat at the end
 START = 5       # steps that the seconds per step leave out: kernels and graphs are made in them
 
@@ -74,8 +88,8 @@ START = 5       # steps that the seconds per step leave out: kernels and graphs 
 # Before: commands. After: a line of a few kB per run.
 
 def commands(group: str, out: str):
-    def command(setting, algo, lr, seed, flags):
-        return (f"python train.py --base small --algo {algo} --lr {lr:g} --seed {seed} --name {setting}-s{seed} --out {out}"
+    def command(setting, algo, lr, seed, flags, base="small"):
+        return (f"python train.py --base {base} --algo {algo} --lr {lr:g} --seed {seed} --name {setting}-s{seed} --out {out}"
                 f" {flags}".rstrip())
 
     every = {name: run for _, settings in SETTINGS.values() for name, run in settings.items()}
@@ -86,12 +100,15 @@ def commands(group: str, out: str):
     elif group == "timing":
         for seed, (name, (algo, flags)) in itertools.product(range(3), every.items()):
             # A longer run has the steps of its twin. Few problems are evaluated, before the first step and after the last.
-            if "--steps" not in flags and (seed == 0 or GROUP[name] == "main"):
+            if "--steps" not in flags and GROUP[name] != "refill" and (seed == 0 or GROUP[name] == "main"):
                 yield command(f"timing-{name}", algo, LR[algo], seed, f"{flags} --eval_limit 8 --eval_every 1000".lstrip())
     elif group in SETTINGS:
         seeds, settings = SETTINGS[group]
         for seed, (name, (algo, flags)) in itertools.product(seeds, settings.items()):
-            yield command(name, algo, LR[algo], seed, flags)
+            if group == "refill":
+                yield command(name, algo, 3e-4, seed, f"{flags} --eval_every 30".lstrip(), "tiny")
+            else:
+                yield command(name, algo, LR[algo], seed, flags)
     else:
         raise ValueError(f"group {group}: wanted one of tune timing {' '.join(SETTINGS)}")
 
@@ -220,19 +237,20 @@ def versus(a: Setting, b: Setting | None, key="avg", equal="") -> tuple[float, f
 
 
 def load(path: Path) -> dict[str, Setting]:
-    runs, timing, order = defaultdict(dict), defaultdict(dict), [*GROUP]
+    runs, timing = defaultdict(dict), defaultdict(dict)
     for run in json_rows(path):
         if run["group"] == "timing":
             timing[run["setting"].removeprefix("timing-")][run["seed"]] = run
         elif run["group"] != "tune":
+            if run["setting"] not in GROUP:
+                raise ValueError(f"{path}: found a run of {run['setting']}, no setting of this file")
             seeds = runs[run["setting"]]
             if run["seed"] in seeds or any(run[x] != other[x] for other in seeds.values() for x in ("lr", "steps", "flags")):
                 raise ValueError(f"{path}: found a second seed {run['seed']}, or other lr, steps or flags, of {run['setting']}")
             seeds[run["seed"]] = run
     if not runs:
         raise ValueError(f"{path}: found no run to report")
-    order += sorted(runs.keys() - GROUP.keys())
-    return {name: Setting(runs[name], timing[name.removesuffix("-long")]) for name in sorted(runs, key=order.index)}
+    return {name: Setting(runs[name], timing[name.removesuffix("-long")]) for name in GROUP if name in runs}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -416,7 +434,8 @@ def main(argv) -> int:
                 path = Path(*rest or [Path(__file__).with_suffix(".jsonl")])
                 found = load(path)
                 print(tables(found))
-                draw_curves(found, path.with_suffix(".png"))
+                if found.keys() & LOOK:
+                    draw_curves(found, path.with_suffix(".png"))
                 draw_settings(found, path.with_name(path.stem + "_settings.png"))
             case _:
                 raise ValueError("wanted: commands GROUP [--out DIR] | collect RUN_FOLDER... | best FILE | report [FILE]")

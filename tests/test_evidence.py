@@ -117,13 +117,13 @@ def test_quantiles_of_t(df):
 
 def test_commands(capsys, monkeypatch, tmp_path):
     """Every setting is one that train.py takes and collect knows; xargs passes each line on as it is."""
-    for group, count in dict(tune=24, main=15, others=15, ablations=27, variants=15, timing=26).items():
+    for group, count in dict(tune=24, main=15, others=15, ablations=27, variants=15, timing=26, refill=30).items():
         assert evidence.main(["commands", group, "--out", "there"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert len(set(lines)) == count
         for line in lines:
             cfg = train.parse(line.split()[2:])
-            assert (cfg.out, cfg.lr in evidence.GRID) == ("there", True) and cfg.name.endswith(f"-s{cfg.seed}")
+            assert (cfg.out, cfg.lr in (*evidence.GRID, 3e-4)) == ("there", True) and cfg.name.endswith(f"-s{cfg.seed}")
     passed = subprocess.run(["xargs", "-I{}", "sh", "-c", "echo '{}'"], input="\n".join(lines), capture_output=True, text=True)
     assert passed.stdout.splitlines() == lines
 
@@ -137,7 +137,9 @@ def test_best_and_bad_input(file, capsys):
     assert lines[4] == "| `aero` | 0.500 | 0.700 | 0.600 | 0.0001 |"
     assert lines[5] == "| `grpo` | 0.500 |  |  | 3e-05, the edge of the grid |"
     assert lines[-1] == 'LR = {"aero": 0.0001, "grpo": 3e-05}'
-    file.write_text(file.read_text() + file.read_text().splitlines()[0])
-    for argv in (["nothing"], ["commands", "nothing"], ["report", str(file)], ["report", "/nowhere"], []):
+    text, unknown = file.read_text(), file.with_name("unknown.jsonl")
+    file.write_text(text + text.splitlines()[0])
+    unknown.write_text(text.replace('"setting": "aero"', '"setting": "aero-odd"'))
+    for argv in (["nothing"], ["commands", "nothing"], *(["report", str(x)] for x in (file, unknown, "/nowhere")), []):
         assert evidence.main(argv) == 2
         assert capsys.readouterr().err.count("\n") == 1
