@@ -1,22 +1,21 @@
 """
-The learner: fp32 master weights sharded by FSDP2, packed micro-batches of equal cost, one exact gradient; and how much memory
-and traffic all of it takes, from formulas.
+The learner: fp32 master weights sharded by FSDP2, packed micro-batches of equal cost, one exact
+gradient.
 
-    shard, make_learner     fully_shard over a mesh of one dimension, or of two: sharded in a node, replicated across nodes
-    pack, packed            rollouts -> micro-batches for each rank -> tensors
-    update                  one batch of rollouts, one or more optimizer steps
-    plan, advise            bytes of a GPU and bytes it sends in a step; which settings fit
+    shard, make_learner    fully_shard over a mesh of one dimension, or of two: sharded in a node,
+                           replicated across nodes
+    pack_micro_batches     which rollouts each rank trains on together
+    update                 one batch of rollouts, one or more optimizer steps
 
-Nothing here depends on how the work is cut: losses are sums with global denominators, gradients are summed over ranks, and
-micro-batches and ranks without anything to train on take part with weight zero.
+Nothing here depends on how the work is cut: losses are sums with global denominators, gradients
+are summed over ranks, and micro-batches and ranks without anything to train on take part with
+weight zero.
 
-Shapes: T packed tokens, R trained response tokens, L layers, H heads, K KV heads, E head dim, D model dim, V vocabulary.
+Shapes: T packed tokens, S rollouts of a micro-batch, R trained response tokens.
 """
 
-import itertools
 import math
 import os
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,300 +25,313 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 
 import aero
-from model import HEAD_CHUNK, Model, forward_flops
-
+from aero import MicroBatch
+from model import Model, Packed, forward_flops, pack
 
 class Trained(NamedTuple):
     """One rollout on its way to the learner."""
 
-    place: int
+    place: int  # number of its group
     prompt: tuple[int, ...]
     tokens: list[int]
-    logps: list[float]
+    logps: list[float]  # as the sampler recorded them
     advantage: float
 
+class Learner(NamedTuple):
+    model: Model
+    optimizer: torch.optim.Optimizer
+    reference: Model | None = None  # the starting model, frozen, if the loss needs it
 
-# --------------------------------------------------------------------------------------------------------------------
-# Weights
+# ------------------------------------------------------------------------------------------ weights
 
 def node_size(world: int) -> int:
     """Ranks of this node, as torchrun says; without it, all of them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
-
 def shards(cfg, world: int, node: int) -> int:
     """Over how many ranks one copy of the weights is spread."""
     return node if cfg.shard == "node" else world
 
-
 def shard(model: Model, cfg, device) -> None:
-    """
-    FSDP2: each block, then the root with embedding, last norm and head. fp32 master weights and reductions; bf16 compute on
-    CUDA. Gradients are summed over ranks, not averaged: the loss carries global denominators already. torchrun numbers the
-    ranks of a node one after the other, so a row of the mesh is a node.
-    """
+    """FSDP2: each block, then the root with embedding, last norm and head. Reductions in fp32; bf16
+    compute on CUDA. Gradients are summed over ranks, not averaged: the loss carries global
+    denominators already. torchrun numbers the ranks of a node one after the other, so a row of
+    the mesh is a node."""
     world = dist.get_world_size()
     size = shards(cfg, world, node_size(world))
     if size == world:
         mesh = dist.init_device_mesh(device.type, (world,))
     else:
-        mesh = dist.init_device_mesh(device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
-    bf16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    policy = bf16 if device.type == "cuda" else MixedPrecisionPolicy(cast_forward_inputs=False)
+        names = ("replicate", "shard")
+        mesh = dist.init_device_mesh(device.type, (world // size, size), mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if device.type == "cuda":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)    # its backward begins with the head
+    # The root's backward pass begins with the head, at once after its forward pass.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)     # gloo and NCCL alike: no pre-multiplied sum
+            # Gloo and NCCL alike: no pre-multiplied sum.
+            module.set_force_sum_reduction_for_comms(True)
 
-
-def make_learner(model_cfg, cfg, device, read) -> tuple[Model, torch.optim.AdamW]:
-    """
-    fp32 master weights and their optimizer. read(model on the meta device) yields (name, whole tensor): no GPU ever holds
-    more than its shards and one tensor.
-    """
+def make_model(model_cfg, cfg, device, read, dtype) -> Model:
+    """The sharded model in `dtype`. read(model on the meta device) yields (name, whole tensor): no
+    GPU ever holds more than its shards and one tensor."""
     with torch.device("meta"):
-        model = Model(model_cfg)
+        model = Model(model_cfg).to(dtype)
     weights = read(model)
     model.checkpoint_activations = cfg.checkpoint_activations
     if cfg.compile:
-        # What stands on either side of attention, so that the compiled graphs know one varying size, the number of tokens,
-        # and no sequence boundaries. All blocks share two graphs.
+        # What stands on either side of attention, so that the compiled graphs know one varying
+        # size, the number of tokens, and no sequence boundaries. All blocks share two graphs.
         for block in model.model.layers:
-            block.before, block.after = (torch.compile(half, dynamic=True) for half in (block.before, block.after))
+            block.before = torch.compile(block.before, dynamic=True)
+            block.after = torch.compile(block.after, dynamic=True)
     shard(model, cfg, device)
     model.to_empty(device=device)
-    own = dict(model.named_parameters())
+    missing = dict(model.named_parameters())
     with torch.no_grad():
         for name, whole in weights:
-            p = own.pop(name)
-            p.copy_(distribute_tensor(whole.to(device, p.dtype), p.device_mesh, p.placements, src_data_rank=None))
-    assert not own, f"no weights were read for {', '.join(own)}"
-    return model, make_optimizer(model, cfg)
+            p = missing.pop(name)
+            whole = whole.to(device, p.dtype)
+            part = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+            p.copy_(part)
+    assert not missing, f"no weights were read for {', '.join(missing)}"
+    return model
 
+def make_learner(model_cfg, cfg, device, read) -> Learner:
+    """fp32 master weights and their optimizer. For a loss that needs it also the same weights once
+    more, frozen: sharded alike, in the precision of the forward pass, without optimizer."""
+    model = make_model(model_cfg, cfg, device, read, torch.float32)
+    reference = None
+    if aero.LOSSES[cfg.loss].needs_reference:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        reference = make_model(model_cfg, cfg, device, read, dtype).requires_grad_(False)
+    return Learner(model, make_optimizer(model, cfg), reference)
 
 def make_optimizer(model, cfg) -> torch.optim.AdamW:
+    """AdamW with its moments, made here and not in the first step, so that a checkpoint has the
+    same entries before and after it."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    groups = [dict(params=matrices, weight_decay=cfg.weight_decay), dict(params=others, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-    # Made here and not in the first step, so that a checkpoint has the same entries before and after it.
+    vectors = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    options = {"lr": cfg.lr, "weight_decay": cfg.weight_decay, "betas": (0.9, 0.95)}
+    optimizer = torch.optim.AdamW(groups, **options, fused=True)
     for p in model.parameters():
-        count = torch.zeros((), device=p.device if p.is_cuda else None)
-        optimizer.state[p] = dict(step=count, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=p.device if p.is_cuda else None),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
     return optimizer
 
-
 def full_weights(model, dtype=torch.float32):
-    """(name, whole tensor), one at a time: a collective on every rank. Rounded before it travels."""
-    return ((name, p.detach().to(dtype).full_tensor()) for name, p in model.named_parameters())
+    """(name, whole tensor), one at a time, rounded before it travels: a collective."""
+    for name, p in model.named_parameters():
+        yield name, p.detach().to(dtype).full_tensor()
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# Micro-batches
+# ------------------------------------------------------------------------------------ micro-batches
 
 def cost(model_cfg, prompt: int, response: int) -> float:
-    """
-    Time of one sequence, in FLOPs of matrix products: attention runs at a quarter of their rate (190 against 750 TFLOP/s on
-    an H200), so each of its FLOPs counts for four. For the 1.5B shape, 7617 tokens + 1356 response + tokens^2, in its unit.
-    """
+    """Time of one sequence, in FLOPs of matrix products: attention runs at a quarter of their rate
+    (190 against 750 TFLOP/s on an H200), so each of its FLOPs counts for four. For the 1.5B shape
+    that is 7617 tokens + 1356 response + tokens^2, in a unit of its own."""
     n = prompt + response
     return forward_flops(model_cfg, n, 4 * n * (n + 1) / 2, predicted=response)
 
+def pack_micro_batches(costs, lengths, world: int, cap: int) -> list[list[list[int]]]:
+    """Micro-batches for each rank: lists of indices, as many on every rank, at most `cap` tokens in
+    each unless one sequence alone is longer. Dearest first, into the cheapest micro-batch that
+    has room; where none has, all over again with one more for each rank.
 
-def pack(costs, lengths, world: int, cap: int) -> list[list[list[int]]]:
-    """
-    Micro-batches for each rank: lists of indices, as many on every rank, at most `cap` tokens in each unless one sequence
-    alone is longer. Dearest first into the cheapest bin that has room; where none has, with one more round of bins.
-
-    >>> pack([5, 4, 3, 3], [5, 4, 3, 3], world=2, cap=8)
+    >>> pack_micro_batches([5, 4, 3, 3], [5, 4, 3, 3], world=2, cap=8)
     [[[0, 3]], [[1, 2]]]
     """
-    order, n = sorted(range(len(costs)), key=lambda i: -costs[i]), world * math.ceil(sum(lengths) / cap / world)
-    while True:
-        bins, spent, load = [[] for _ in range(n)], [0] * n, [0] * n
-        for i in order:
-            room = [b for b in range(n) if not bins[b] or load[b] + lengths[i] <= cap]
-            if not room:
-                break
-            b = min(room, key=spent.__getitem__)
-            bins[b].append(i)
-            spent[b] += costs[i]
-            load[b] += lengths[i]
-        else:
-            break
-        n += world
-    # Rows of `world` micro-batches of about equal cost, dealt to and fro so that no rank gets the dearest of every row.
-    dearest = [bins[b] for b in sorted(range(n), key=lambda b: -spent[b])]
-    rows = [dearest[i : i + world] for i in range(0, n, world)]
-    return [[row[rank if m % 2 == 0 else -1 - rank] for m, row in enumerate(rows)] for rank in range(world)]
+    bins, count = None, world * math.ceil(sum(lengths) / cap / world)
+    while bins is None:
+        bins = fill_bins(costs, lengths, count, cap)
+        count += world
+    # Rows of `world` micro-batches of about equal cost, dealt to and fro, so that no rank gets the
+    # dearest of every row.
+    rows = [bins[first : first + world] for first in range(0, len(bins), world)]
+    for row in rows[1::2]:
+        row.reverse()
+    return [list(rank) for rank in zip(*rows)]
 
+def fill_bins(costs, lengths, count: int, cap: int) -> list[list[int]] | None:
+    """`count` bins of indices, the dearest bin first; None if there is no room for one of them."""
+    bins = [[] for _ in range(count)]
+    spent, filled = [0] * count, [0] * count
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        room = [b for b in range(count) if not bins[b] or filled[b] + lengths[i] <= cap]
+        if not room:
+            return None
+        cheapest = min(room, key=spent.__getitem__)
+        bins[cheapest].append(i)
+        spent[cheapest] += costs[i]
+        filled[cheapest] += lengths[i]
+    return [bins[b] for b in sorted(range(count), key=lambda b: -spent[b])]
 
-def packed(items: list[Trained], weights, device) -> dict:
+def share_of_rank(batch: list[Trained], model_cfg, cfg) -> list[list[int]]:
+    """Indices of the rollouts in each micro-batch of this rank."""
+    sizes = [len(x.prompt) + len(x.tokens) for x in batch]
+    costs = [cost(model_cfg, len(x.prompt), len(x.tokens)) for x in batch]
+    ranks = pack_micro_batches(costs, sizes, dist.get_world_size(), cfg.micro_tokens)
+    return ranks[dist.get_rank()]
+
+def inputs_of(indices, batch, weights, device) -> tuple[Packed, MicroBatch]:
+    """A rank without anything to train on takes the shortest rollout, with weight zero."""
+    if not indices:
+        shortest = min(batch, key=lambda x: len(x.prompt) + len(x.tokens))
+        return micro_batch([shortest], [0.0], device)
+    return micro_batch([batch[i] for i in indices], weights[indices], device)
+
+def micro_batch(rollouts: list[Trained], weight_S, device) -> tuple[Packed, MicroBatch]:
+    """Input of the forward pass and of the loss. A rollout of tokens r0 r1 with weight w and
+    advantage a, and one of r2 with v and b:
+
+        weight_R = w w v,   advantage_R = a a b,   rollout_R = 0 0 1,   length_S = 2 1
     """
-    Tensors of one micro-batch. Row t of the forward pass predicts token t + 1, so a response r0 r1 after a prompt p0 p1 p2
-    is trained through rows 2 and 3:   ids_T = p0 p1 p2 r0 r1,   rows_R = 2 3,   targets_R = r0 r1
-    """
-    sizes = [len(x.tokens) for x in items]
-    cu = np.cumsum([0] + [len(x.prompt) + n for x, n in zip(items, sizes)])
-    ids = np.fromiter(itertools.chain.from_iterable(itertools.chain(x.prompt, x.tokens) for x in items), np.int64, cu[-1])
-    rows = np.concatenate([np.arange(end - n, end) for end, n in zip(cu[1:], sizes)]) - 1
+    length_S = [len(x.tokens) for x in rollouts]
 
-    def tensor(values, dtype=np.float32):   # from pinned memory, or the copy to a GPU would wait for the batch before
+    def tensor(values, dtype=np.float32):
         x = torch.as_tensor(np.asarray(values, dtype))
-        return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x
+        if torch.device(device).type != "cuda":
+            return x
+        # From pinned memory, or the copy would wait for the micro-batch before.
+        return x.pin_memory().to(device, non_blocking=True)
 
-    return dict(
-        ids_T=tensor(ids, np.int64), cu=tensor(cu, np.int32), max_len=int(np.diff(cu).max()), rows_R=tensor(rows, np.int64),
-        targets_R=tensor(ids[rows + 1], np.int64), sampled_R=tensor([p for x in items for p in x.logps]),
-        adv_R=tensor(np.repeat([x.advantage for x in items], sizes)), weight_R=tensor(np.repeat(weights, sizes)),
+    batch = MicroBatch(
+        logp_R=None, entropy_R=None, behaviour_R=None,  # known after the forward pass
+        sampled_R=tensor(np.concatenate([x.logps for x in rollouts])),
+        advantage_R=tensor(np.repeat([x.advantage for x in rollouts], length_S)),
+        weight_R=tensor(np.repeat(weight_S, length_S)),
+        rollout_R=tensor(np.repeat(np.arange(len(rollouts)), length_S), np.int64),
+        length_S=tensor(length_S, np.int64),
     )
+    return pack([x.prompt for x in rollouts], [x.tokens for x in rollouts], device), batch
 
+# --------------------------------------------------------------------------------------- the update
 
-# --------------------------------------------------------------------------------------------------------------------
-# The update
-
-def update(model, optimizer, batch: list[Trained], lr: float, cfg, rank, world, device) -> dict:
-    """
-    One batch, cfg.updates_per_batch optimizer steps. `batch` is the whole step's, the same on every rank. A rank with less to
-    train on than others still takes part in every collective, with weight zero. A step with a gradient that is not finite is
-    skipped by all ranks together, since they see the same norm. Returns metrics over all ranks.
-    """
-    lengths, sizes = [len(x.tokens) for x in batch], [len(x.prompt) + len(x.tokens) for x in batch]
-    weights = aero.token_weights([x.place for x in batch], lengths, cfg.loss_norm, cfg.max_new)
-    costs = [cost(model.cfg, len(x.prompt), len(x.tokens)) for x in batch]
-    shortest, mine, micro = sizes.index(min(sizes)), pack(costs, sizes, world, cfg.micro_tokens)[rank], []
+def update(learner: Learner, batch: list[Trained], lr: float, cfg) -> dict[str, float]:
+    """One batch, cfg.updates_per_batch optimizer steps. `batch` is the whole step's, the same on
+    every rank. A rank with less to train on than others still takes part in every collective,
+    with weight zero. Returns metrics over all ranks."""
+    model, optimizer, _ = learner
+    device = next(model.parameters()).device
     for group in optimizer.param_groups:
         group["lr"] = lr
-    sums, largest = torch.zeros(6, dtype=torch.float64, device=device), torch.zeros((), device=device)
-    norms = []
+    lengths = [len(x.tokens) for x in batch]
+    weights = aero.token_weights([x.place for x in batch], lengths, cfg.loss_norm, cfg.max_new)
+    share = share_of_rank(batch, model.cfg, cfg)
+
+    inputs, norms, sums = [], [], {}
+    largest_gap = torch.zeros((), device=device)
     for number in range(cfg.updates_per_batch):
         optimizer.zero_grad()
-        for m, some in enumerate(mine):
-            if number == 0:     # packed while the device works on the one before
-                micro.append(packed([batch[i] for i in some or [shortest]], weights[some] if some else [0.0], device))
-            t, last = micro[m], m == len(mine) - 1
-            model.set_requires_all_reduce(last)
-            if not cfg.reshard:     # weights are gathered once, gradients are summed where they are until the last one
-                model.set_requires_gradient_sync(last)
-                model.set_reshard_after_backward(last)
-            # With one update the ratio is exactly 1, at which the clip is idle: what multiplies each log-prob's gradient is
-            # known before the forward pass, and the head makes its own in it. A cap on importance weights needs log-probs.
-            known_R = -t["weight_R"] * t["adv_R"] if cfg.updates_per_batch == 1 and not cfg.is_cap else None
-            logp_R, entropy_R = model(t["ids_T"], t["cu"], t["max_len"], t["targets_R"], t["rows_R"], cfg.temperature, known_R)
-            if number == 0:
-                t["before_R"] = logp_R.detach()     # under the weights that the sampler had
-            behaviour_R, adv_R = t["sampled_R"], t["adv_R"]
-            if cfg.updates_per_batch == 1 or cfg.is_cap:
-                behaviour_R = t["before_R"]
-            if cfg.is_cap:      # the clip looks at the policy's own move, this weight at the two engines
-                adv_R = adv_R * (t["before_R"] - t["sampled_R"]).exp().clamp(max=cfg.is_cap)
-            loss, clipped, ratio = aero.policy_loss(logp_R, behaviour_R, adv_R, t["weight_R"], cfg.clip_low, cfg.clip_high)
-            loss.backward()
-            with torch.no_grad():
-                sums[:4] += torch.stack([loss, clipped, ratio, t["weight_R"].sum()])
-                if number == 0:     # sampler against learner, before the weights move
-                    gap_R, entropy_R = ((t["weight_R"] > 0) * x_R for x_R in (logp_R - t["sampled_R"], entropy_R))
-                    sums[4:] += torch.stack([entropy_R.sum(), (gap_R.exp() - 1 - gap_R).sum()])
-                    largest = torch.maximum(largest, gap_R.abs().max())
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).full_tensor())
-        # Queued before anybody has seen the norm, so that the device does not wait: told 1 by the attribute that torch's
-        # GradScaler sets, AdamW's fused kernel leaves weights, moments and its count of steps as they are.
-        optimizer.found_inf = 1.0 - norms[-1].isfinite().float()
-        optimizer.step()
-        optimizer.found_inf = None
+        for m, indices in enumerate(share):
+            if number == 0:  # packed while the device works on the one before
+                inputs.append(inputs_of(indices, batch, weights, device))
+            gather_and_reduce(model, cfg, last=m == len(share) - 1)
+            packed, tokens = inputs[m]
+            tokens, metrics = forward_backward(learner, packed, tokens, cfg)
+            if number == 0:  # before the weights move
+                inputs[m] = packed, tokens
+                health, gap = sampler_against_learner(tokens)
+                metrics |= health
+                largest_gap = torch.maximum(largest_gap, gap)
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
+        norms.append(optimizer_step(model, optimizer, cfg))
     optimizer.zero_grad()
-    dist.all_reduce(sums)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    loss, clipped, ratio, weight, entropy, gap = sums.tolist()
+
+    sums = over_ranks(sums)
+    dist.all_reduce(largest_gap, op=dist.ReduceOp.MAX)
     norms = torch.stack(norms).tolist()
     finite = [norm for norm in norms if math.isfinite(norm)]
+    measured = [name for name in sums if name.startswith("loss/")]
     return {
-        "loss/policy": loss / cfg.updates_per_batch, "loss/clip_frac": clipped / weight, "loss/ratio_mean": ratio / weight,
-        "policy/entropy": entropy / sum(lengths), "mismatch/kl": gap / sum(lengths), "mismatch/max_abs": largest.item(),
-        "optim/lr": lr, "optim/grad_norm": max(finite, default=norms[-1]), "optim/skipped": len(norms) - len(finite),
+        "loss/policy": sums["policy"] / cfg.updates_per_batch,
+        **{name: sums[name] / sums["weight"] for name in measured},
+        "policy/entropy": sums["entropy"] / sum(lengths),
+        "mismatch/kl": sums["kl"] / sum(lengths),
+        "mismatch/max_abs": largest_gap.item(),
+        "optim/lr": lr,
+        "optim/grad_norm": max(finite, default=norms[-1]),
+        "optim/skipped": len(norms) - len(finite),
     }
 
+def gather_and_reduce(model, cfg, last: bool):
+    """Weights are gathered once in an optimizer step; gradients are summed where they are, and
+    over ranks with the last micro-batch. With --reshard, both in every micro-batch."""
+    model.set_requires_all_reduce(last)
+    if not cfg.reshard:
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
 
-# --------------------------------------------------------------------------------------------------------------------
-# Memory and traffic
+def forward_backward(learner, packed: Packed, batch: MicroBatch, cfg):
+    """Adds one micro-batch's gradient to the model's. Returns (the micro-batch with what the
+    forward pass found out, {metric: sum over its tokens})."""
+    loss = aero.LOSSES[cfg.loss]
+    ids_T, cu, max_len, rows_R, targets_R = packed
+    inputs = (ids_T, cu, max_len, targets_R, rows_R, cfg.temperature)
+    if loss.needs_reference and batch.reference_R is None:
+        with torch.no_grad():
+            batch = batch._replace(reference_R=learner.reference(*inputs).logp_R)
+    # With one update the ratio is exactly 1, so a loss may know beforehand what multiplies each
+    # log-prob's gradient: the head then makes its own in the forward pass.
+    shortcut = loss.derivative and cfg.updates_per_batch == 1 and not cfg.is_cap
+    coefficient_R = loss.derivative(batch, cfg) if shortcut else None
+    scores = learner.model(*inputs, coefficient_R)
+    batch = batch._replace(logp_R=scores.logp_R, entropy_R=scores.entropy_R)
+    if batch.behaviour_R is None:
+        batch = set_behaviour(batch, cfg)
+    with torch.set_grad_enabled(not shortcut):
+        value, metrics = loss.function(batch, cfg)
+    differentiated = scores.weighted if shortcut else value
+    differentiated.backward()
+    sums = {"policy": value, "weight": batch.weight_R.sum()}
+    sums |= {f"loss/{name}": total for name, total in metrics.items()}
+    return batch._replace(logp_R=batch.logp_R.detach()), sums
 
-RESERVE = 5 * 2**30     # bytes of a GPU that nobody may plan with: CUDA, NCCL, cuBLAS, holes between allocations
+def set_behaviour(batch: MicroBatch, cfg) -> MicroBatch:
+    """What the policy ratio is taken against in all updates. With one update that is the policy
+    itself, and no second forward pass is made; with several, the sampler. With --is_cap the clip
+    looks at the policy's own move, and a weight on every token at the gap of the two engines."""
+    policy_R = batch.logp_R.detach()
+    if cfg.is_cap:
+        importance_R = (policy_R - batch.sampled_R).exp().clamp(max=cfg.is_cap)
+        batch = batch._replace(advantage_R=batch.advantage_R * importance_R)
+    on_policy = cfg.updates_per_batch == 1 or cfg.is_cap
+    return batch._replace(behaviour_R=policy_R if on_policy else batch.sampled_R)
 
+def sampler_against_learner(batch: MicroBatch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Sums over trained tokens: entropy, and the divergence of the sampler's policy from the
+    learner's, by its estimator r - 1 - log r; and the largest gap of a log-prob."""
+    trained_R = batch.weight_R > 0  # a token of weight zero is there for its rank to take part
+    gap_R = trained_R * (batch.logp_R - batch.sampled_R)
+    kl = (gap_R.exp() - 1 - gap_R).sum()
+    entropy = (trained_R * batch.entropy_R).sum()
+    return {"kl": kl, "entropy": entropy}, gap_R.abs().max()
 
-class Plan(NamedTuple):
-    memory: dict[str, float]    # bytes of one GPU at the peak of an update, by what holds them
-    traffic: dict[str, float]   # bytes one GPU sends in one optimizer step (rings: the least that any algorithm can send)
+def optimizer_step(model, optimizer, cfg) -> torch.Tensor:
+    """Clips the gradient, steps, and returns the norm before clipping, on the device. A gradient
+    that is not finite is no step, on all ranks together, since they see the same norm."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).full_tensor()
+    # Queued before anybody has seen the norm, so that the device does not wait: told 1 by the
+    # attribute that torch's GradScaler sets, AdamW's fused kernel leaves weights, moments and its
+    # count of steps as they are.
+    optimizer.found_inf = 1.0 - norm.isfinite().float()
+    optimizer.step()
+    optimizer.found_inf = None
+    return norm
 
-    def __str__(self):
-        parts = ", ".join(f"{size / 2**30:.1f} {name}" for name, size in self.memory.items())
-        return f"{sum(self.memory.values()) / 2**30:.1f} GiB per GPU ({parts})"
-
-
-def plan(model_cfg, cfg, world: int, node: int, kv_bytes: float, context: int, tokens: int = 1, bf16=True) -> Plan:
-    """
-    kv_bytes: of the sampler's cache; context: the longest sequence; tokens: of a GPU in an optimizer step.
-
-    Per parameter and shard 12 bytes of weight and AdamW moments in fp32, and on every GPU 2 for the sampler's copy. Without
-    --reshard also 2 for the gathered weights and 4 for gradients that are summed over micro-batches before they are shared;
-    with it, 4 / shards and two blocks and the root of each.
-    """
-    with torch.device("meta"):
-        model = Model(model_cfg)
-    N, block = (sum(p.numel() for p in m.parameters()) for m in (model, model.model.layers[0]))
-    D, I, V, L = model_cfg.hidden_size, model_cfg.intermediate_size, model_cfg.vocab_size, model_cfg.num_hidden_layers
-    heads = (model_cfg.num_attention_heads * 2 + model_cfg.num_key_value_heads * 2) * model_cfg.head_dim
-    s, w = shards(cfg, world, node), 2 if bf16 else 4
-    root, T = N - L * block, max(cfg.micro_tokens, context)
-    # What autograd keeps of a token in a block: two inputs of norms and their outputs, q, k, v and the mix, and of the MLP
-    # gate, its SiLU, up and their product. Compiled, the SiLU is computed again.
-    kept = 4 * D + heads + (3 if cfg.compile else 4) * I
-    layers = L * D + kept if cfg.checkpoint_activations else L * kept
-    gathered = 2 * block + root if cfg.reshard else N
-    memory = {
-        "weights and optimizer": 12 * N / s,
-        "gradients": 4 * N / s + 4 * gathered if cfg.reshard else 4 * N,
-        "gathered weights": w * gathered,
-        "activations": w * T * layers,
-        # At the peak either a chunk of logits, and the head's gradient that is summed in fp32, or a block's gradients of
-        # gate, up and their product.
-        "working set": max(min(T, HEAD_CHUNK) * V * (4 + w) + (8 + w) * V * D, w * T * 3 * I),
-        "sampler": w * N + kv_bytes,
-    }
-    away, times = (s - 1) / s, math.ceil(tokens / T) if cfg.reshard else 1
-    traffic = {
-        "all-gather": (1 + cfg.reshard) * times * w * N * away, "reduce-scatter": times * 4 * N * away,
-        "all-reduce": 8 * N / s * (1 - s / world), "weights to the sampler": w * N * away,
-    }
-    return Plan(memory, traffic)
-
-
-# What may be changed so that a configuration fits, cheapest first, one upon the other.
-CHANGES = (dict(checkpoint_activations=True), dict(reshard=True), dict(shard="world"), dict(micro_tokens=8192))
-
-
-def advise(total: float, model_cfg, cfg, *sizes, **more) -> tuple[dict, Plan]:
-    """(settings to change so that the plan fits into `total` bytes, the plan with them). MemoryError if nothing helps."""
-    changes = {}
-    for change in ({}, *CHANGES):
-        changes |= {k: v for k, v in change.items() if k != "micro_tokens" or v < cfg.micro_tokens}
-        found = plan(model_cfg, replace(cfg, **changes), *sizes, **more)
-        if sum(found.memory.values()) + RESERVE <= total:
-            return {k: v for k, v in changes.items() if v != getattr(cfg, k)}, found
-    raise MemoryError(f"{found} does not fit into {(total - RESERVE) / 2**30:.0f} GiB even with {flags(changes)}: "
-                      "wanted more GPUs, a smaller cache of the sampler or a smaller model")
-
-
-def flags(changes: dict) -> str:
-    return " ".join(f"--{name} {value}" for name, value in changes.items())
-
-
-def must_fit(total: float, model_cfg, cfg, *sizes, **more) -> Plan:
-    """The plan of this configuration. ValueError, one line with what to change, if `total` bytes do not hold it."""
-    changes, _ = advise(total, model_cfg, cfg, *sizes, **more)
-    found = plan(model_cfg, cfg, *sizes, **more)
-    if changes:
-        raise MemoryError(f"{found} does not fit into {(total - RESERVE) / 2**30:.0f} GiB: it would with {flags(changes)}")
-    return found
+def over_ranks(sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Summed over ranks by name. All ranks run the same loss, so they have the same names."""
+    names = sorted(sums)
+    vector = torch.stack([sums[name] for name in names])
+    dist.all_reduce(vector)
+    return dict(zip(names, vector.tolist()))

@@ -5,9 +5,11 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,10 @@ import base
 import data
 import eval as evaluation
 import reward
-from model import Model, ModelConfig, save_folder
+from hf import config_from_dict, save_folder
+from model import Model
 from rollout import Rollout, Sampling
+from tools import regrade
 
 REAL = Path(os.environ.get("AERO_DATA", "/nonexistent"))
 
@@ -119,9 +123,9 @@ class ScriptedSampler:
         if self.clock % 2 or not self.queue:
             return []
         r = self.queue.pop()
-        text, truncated = self.script[r.problem, r.index]
+        text, truncated = self.script[r.problem.id, r.index]
         tokens = self.tokenizer.encode(text) + [self.tokenizer.eos_token_id] * (not truncated)
-        return [Rollout(r.problem, r.index, r.prompt, tokens, [0.0] * len(tokens), truncated)]
+        return [Rollout(r, tokens, [0.0] * len(tokens), truncated)]
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +160,9 @@ def test_evaluate(tokenizer, grader, problems):
     assert summary["avg_at_k"] == pytest.approx(10 / 25) and summary["pass_at_k"] == pytest.approx(4 / 5)
     assert summary["truncated_frac"] == summary["unparsed_frac"] == 1 / 25
     expected = {"temperature": 0.7, "top_p": 0.9, "top_k": 0, "max_new": 64, "seed": 3, "n": 5, "k": 5}
-    assert expected.items() <= summary.items() and summary["grader"] == evaluation.grader_version()
+    assert expected.items() <= summary.items() and summary["grader"] == grader.reward.version
     assert records[5] | {"reason": ""} == {
-        "problem": 1, "sample": 0, "level": "3", "prompt": problems[1].text, "gold": problems[1].gold,
+        "problem": 1, "sample": 0, "level": "3", "prompt": problems[1].text, "question": problems[1].text, "gold": problems[1].gold,
         "response": f"\\boxed{{{problems[1].gold}}}", "length": len(f"{problems[1].gold}}}") + 2, "truncated": False,
         "score": 1.0, "extracted": problems[1].gold, "rule": "boxed", "reason": "",
     }  # fmt: skip
@@ -183,7 +187,7 @@ def test_regrade(tokenizer, grader, problems):
     sampler = ScriptedSampler(tokenizer, script_for(problems, 2))
     summary, records = evaluation.evaluate(sampler, grader, tokenizer, problems, 2, 64, Sampling(), 0)
     spoilt = [r | {"score": 1 - r["score"], "reason": "?", "extracted": None, "rule": "?"} for r in records]
-    assert evaluation.regrade(spoilt, grader) == records
+    assert regrade.regrade(spoilt, grader) == records
     assert evaluation.summarise(records).items() <= summary.items()
 
 
@@ -215,17 +219,24 @@ def folder(tmp_path_factory, tokenizer):
         "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
         "max_position_embeddings": 128, "tie_word_embeddings": True, "eos_token_id": tokenizer.eos_token_id,
     }  # fmt: skip
-    cfg = ModelConfig.from_dict(raw)
+    cfg = config_from_dict(raw)
     torch.manual_seed(0)
     save_folder(path, cfg, dict(Model(cfg).init_weights().named_parameters()), tokenizer)
     return path
 
 
-def command(*arguments, ranks=1):
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ROOT = Path(evaluation.__file__).parent
+
+
+def command_line(*arguments, ranks=1) -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    line = [sys.executable, *torchrun, evaluation.__file__, *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, env=env, timeout=120, check=False)
+    return [sys.executable, *torchrun, evaluation.__file__, *map(str, arguments)]
+
+
+def command(*arguments, ranks=1):
+    line = command_line(*arguments, ranks=ranks)
+    return subprocess.run(line, capture_output=True, text=True, env=ENV, timeout=120, check=False)
 
 
 def test_command_on_one_and_two_ranks(folder, tmp_path):
@@ -245,7 +256,8 @@ def test_command_on_one_and_two_ranks(folder, tmp_path):
     assert "data        problems  k  avg@k" in one.stdout
     assert one.stdout.replace(str(tmp_path / "one"), str(tmp_path / "two")) == two.stdout  # rank 1 prints nothing
 
-    again = command("--regrade", tmp_path / "one" / "mine.jsonl")
+    line = [sys.executable, "-m", "tools.regrade", str(tmp_path / "one" / "mine.jsonl")]
+    again = subprocess.run(line, capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=120, check=False)
     assert again.returncode == 0 and "0 of 9 scores changed" in again.stdout
     assert json.loads(again.stdout.split("\n")[-2]) == {"mine": results["mine"]}
 
@@ -266,23 +278,23 @@ def test_regrade_of_two_files_of_one_name(tmp_path, capsys, monkeypatch):
         evaluation.save(tmp_path / folder, "x", [record], {"seed": 3})
     files = [str(tmp_path / folder / "x.jsonl") for folder in "ab"]
     monkeypatch.setenv("RANK", "1")
-    assert evaluation.main(["--regrade", *files, "--out", str(tmp_path / "new")]) == 0
+    assert regrade.main([*files, "--out", str(tmp_path / "new")]) == 0
     assert not capsys.readouterr().out and not (tmp_path / "new").exists()
     monkeypatch.delenv("RANK")
-    assert evaluation.main(["--regrade", *files, "--out", str(tmp_path / "new")]) == 0
+    assert regrade.main([*files, "--out", str(tmp_path / "new")]) == 0
     out = capsys.readouterr().out
     assert {name: s["avg_at_k"] for name, s in json.loads(out.splitlines()[-1]).items()} == {"x": 1.0, "x-2": 0.0}
     assert f"{files[0]}: 1 of 1 scores changed" in out and len(list((tmp_path / "new").glob("*.jsonl"))) == 2
     before = Path(files[0]).read_bytes()
-    assert "holds x.jsonl already" in refused(capsys, "--regrade", *files, "--out", tmp_path / "a")
+    assert "holds x.jsonl already" in refused(capsys, *files, "--out", tmp_path / "a", main=regrade.main)
     assert Path(files[0]).read_bytes() == before
     for rows, found in (([[1, 0], [1]], "1 or 2"), ([], "no")):
         (tmp_path / "r.jsonl").write_text("".join(json.dumps(record | r) + "\n" for r in records_of(rows)))
-        assert f"r.jsonl: found {found} responses to a problem" in refused(capsys, "--regrade", tmp_path / "r.jsonl")
+        assert f"r.jsonl: found {found} responses to a problem" in refused(capsys, tmp_path / "r.jsonl", main=regrade.main)
 
 
-def refused(capsys, *arguments) -> str:
-    assert evaluation.main([*map(str, arguments)]) == 2
+def refused(capsys, *arguments, main=evaluation.main) -> str:
+    assert main([*map(str, arguments)]) == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and err.count("\n") == 1 and not out
     return err
@@ -299,25 +311,32 @@ def test_bad_input_is_one_line_before_any_work(capsys, folder, tmp_path, monkeyp
         (["--model", tmp_path], "holds no config.json"),
         (["--data", "absent.jsonl"], "absent.jsonl: no such file or folder"),
         (["--data", tmp_path / "columns.jsonl"], "columns found: a; wanted: one of problem, question, prompt"),
-        (["--depth", "3"], "unknown --depth 3, known are --model --data"),
+        (["--depth", "3"], "unknown --depth 3; known are --model --data"),
         (["--temp", "3"], "unknown --temp 3"),  # no abbreviations
         (["--k", "many"], "argument --k: invalid int value: 'many'"),
-        (["--k", "0"], "--k: found 0, wanted 1 or more"),
-        (["--limit", "-1"], "--limit: found -1, wanted 0 or more"),
+        (["--k", "0"], "--k 0: wanted 1 or more"),
+        (["--limit", "-1"], "--limit -1: wanted 0 or more"),
         (["--temperature", "0"], "--temperature 0 is greedy, and --k 8 responses would be equal: wanted --k 1"),
-        (["--temperature", "-1"], "wanted temperature >= 0"),
-        (["--temperature", "nan"], "--temperature: found nan, wanted a finite number"),
+        (["--temperature", "-1"], "--temperature -1.0: wanted 0 or more"),
+        (["--temperature", "nan"], "--temperature nan: wanted a finite number"),
         (["--data", ""], "empty name: no such file or folder"),
-        (["--top_p", "0"], "0 < top_p <= 1"),
+        (["--top_p", "0"], "--top_p 0.0: wanted a number above 0"),
         (["--max_new", "128"], "--max_new 128 leaves no room for a prompt in the model's context of 128 tokens"),
         (["--max_new", "126"], "left out: prompt longer than 2 tokens"),
         (["--template", "alpaca"], "template 'alpaca': wanted qwen_math, r1, none, chat"),
         (["--template", "chat"], "no chat template"),
         (["--out", tmp_path], "holds arithmetic.jsonl already"),
-        (["--regrade", tmp_path / "absent.jsonl"], "no such file"),
-        (["--regrade", tmp_path / "columns.jsonl"], "row 1: lacks gold, length, level"),
+        (["--reward", "maths"], "--reward maths: wanted math, MODULE:FUNCTION or FILE.py:FUNCTION"),
+        (["--reward", "absent.py:f"], "--reward absent.py:f: no such file: absent.py"),
     ]:
         assert message in refused(capsys, *good, *extra), extra
+    for arguments, message in [
+        ([tmp_path / "absent.jsonl"], "no such file"),
+        ([tmp_path / "columns.jsonl"], "row 1: lacks gold, length, level"),
+        ([], "the following arguments are required: FILE.jsonl"),
+        ([tmp_path / "columns.jsonl", "--workers", "0"], "--workers 0: wanted 1 or more"),
+    ]:
+        assert message in refused(capsys, *arguments, main=regrade.main), arguments
     assert "--data is missing" in refused(capsys, "--model", folder)
     assert "--model is missing" in refused(capsys, "--data", "arithmetic")
 
@@ -342,8 +361,119 @@ def test_damaged_model_folders(capsys, folder, tmp_path):
     assert "has ids up to 99, the model's vocabulary ends before 90" in refused(capsys, "--model", copy, *flags)
 
 
-def test_tokenizer_is_the_one_of_the_folder(folder, tokenizer):
-    """AutoTokenizer gave a Qwen2 folder Qwen2's splitting rule whatever its tokenizer.json said, and newlines were lost."""
-    loaded = evaluation.load_tokenizer(folder, len(tokenizer))
-    assert loaded.encode("12*3\n\\boxed{36}") == tokenizer.encode("12*3\n\\boxed{36}")
-    assert data.stop_ids(loaded) == data.stop_ids(tokenizer)
+# ------------------------------------------------------------------------------------- other rewards, files, signals
+
+
+def test_summary_of_a_reward_that_is_not_0_or_1():
+    """Its mean is all there is. That nothing can pass is known from the reward, or seen in the scores."""
+    records = [r | {"score": s} for r, s in zip(records_of([[0, 0], [0, 0]], ["1", "2"]), (0.25, -0.5, 1, 2))]
+    for binary in (None, False, True):
+        summary = evaluation.summarise(records, binary)
+        assert summary["avg_at_k"] == pytest.approx(2.75 / 4) and summary["pass_at"] == {}
+        assert summary["avg_at_k_se"] == pytest.approx(statistics.stdev([-0.125, 1.5]) / math.sqrt(2))
+        assert summary["pass_at_k"] is None and summary["pass_at_k_se"] is None
+        assert summary["by_level"]["2"] == {"n": 1, "avg_at_k": 1.5, "pass_at_k": None}
+    whole = records_of([[1, 0], [1, 1]])
+    assert evaluation.summarise(whole, False)["pass_at_k"] is None
+    assert evaluation.summarise(whole, None) == evaluation.summarise(whole, True) == evaluation.summarise(whole)
+    assert evaluation.table({"x": summary | {"reward": "a.py:f"}, "y": evaluation.summarise(whole)}).split("\n") == [
+        "data       problems  k   avg@k     +-  pass@1  pass@2  truncated  unparsed  length",
+        "x                 2  2   0.688  0.812                      0.000     0.000      10",
+        "  level 1         1     -0.125",
+        "  level 2         1      1.500",
+        "y                 2  2   0.750  0.250   0.750   1.000      0.000     0.000      10",
+        "pass@k is left out: it counts right responses, and the reward is not only 0 or 1",
+        "x: reward a.py:f", "y: ",
+    ]
+
+
+REWARD = """
+def share(response, gold, problem):
+    return len(gold["accepted"]) + len(problem) / 100 + response.count("x") / 1000
+def check(gold):
+    return None if "accepted" in gold else "nothing is accepted"
+"""
+
+
+def test_a_reward_of_ones_own(folder, tmp_path):
+    """The gold answers are objects, one of them of no use; the responses are graded again by another version."""
+    (tmp_path / "mine.py").write_text(REWARD)
+    golds = [{"accepted": ["a"]}, {"refused": 1}, {"accepted": [1, {"b": None}]}]
+    rows = [{"question": f"{i}+{i}", "answer": gold} for i, gold in enumerate(golds)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--model", folder, "--template", "none", "--k", 2, "--max_new", 10, "--out", tmp_path / "out"]
+    done = command(*flags, "--data", tmp_path / "d.jsonl", "--reward", f"{tmp_path}/mine.py:share")
+    assert done.returncode == 0, done.stderr
+    assert "1 left out: nothing is accepted (row 2)" in done.stdout and "pass@k is left out" in done.stdout
+    summary = json.loads(done.stdout.split("\n")[-2])["d"]
+    records = [json.loads(line) for line in (tmp_path / "out" / "d.jsonl").read_text().splitlines()]
+    assert [r["gold"] for r in records] == [golds[0]] * 2 + [golds[2]] * 2 and summary["pass_at_k"] is None
+    expected = [len(r["gold"]["accepted"]) + 0.03 + r["response"].count("x") / 1000 for r in records]
+    assert [r["score"] for r in records] == pytest.approx(expected)
+    assert summary["avg_at_k"] == pytest.approx(statistics.fmean(expected)) and summary["reasons"] == {"scored": 4}
+    assert summary["reward"] == f"{tmp_path}/mine.py:share" and {r["extracted"] for r in records} == {None}
+
+    (tmp_path / "other.py").write_text(REWARD + "BINARY = False\n")
+    again = [sys.executable, "-m", "tools.regrade", str(tmp_path / "out" / "d.jsonl"), "--reward", f"{tmp_path}/other.py:share"]
+    again = subprocess.run(again, capture_output=True, text=True, env=ENV, cwd=ROOT, timeout=120, check=False)
+    assert "0 of 4 scores changed" in again.stdout, again.stderr
+    result = json.loads(again.stdout.split("\n")[-2])["d"]
+    assert result["avg_at_k"] == summary["avg_at_k"] and result["grader"] != summary["grader"]
+
+
+def test_an_output_that_is_a_file_gets_lines(tokenizer, grader, problems, capsys, monkeypatch):
+    """However long a response takes: the line comes by the clock, not by what has ended."""
+    monkeypatch.setattr(evaluation, "BEAT_S", 0.1)
+    sampler = ScriptedSampler(tokenizer, script_for(problems, 1))
+    step, naps = sampler.step, iter([0.35])
+    monkeypatch.setattr(sampler, "step", lambda: (time.sleep(next(naps, 0)), step())[1])
+    evaluation.evaluate(sampler, grader, tokenizer, problems, 1, 64, Sampling(), 0, label="set")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 3 and lines[0] == "set: 0 of 5 responses graded after 0 s"
+    evaluation.evaluate(sampler, grader, tokenizer, problems, 1, 64, Sampling(), 0)
+    assert not capsys.readouterr().out
+
+
+class StopsAfter:
+    """A stop that is asked for when it was looked at some times."""
+
+    def __init__(self, looks):
+        self.looks = looks
+
+    @property
+    def asked(self):
+        self.looks -= 1
+        return self.looks < 0
+
+
+def test_a_stop_returns_what_was_graded(tokenizer, grader, problems):
+    sampler = ScriptedSampler(tokenizer, script_for(problems, 4))
+    summary, records = evaluation.evaluate(
+        sampler, grader, tokenizer, problems, 4, 64, Sampling(), 0, stop=StopsAfter(16)
+    )
+    assert summary is None and 5 <= len(records) < 20
+    ids = [(r["problem"], r["sample"]) for r in records]
+    assert ids == sorted(ids)
+
+
+@pytest.mark.parametrize("ranks, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_keeps_what_was_graded(folder, tmp_path, ranks, number):
+    """No summary is written or printed, and the same command draws the set anew and clears up."""
+    out = tmp_path / "out"
+    flags = ["--model", folder, "--template", "none", "--max_new", 90, "--out", out, "--slots", 4]
+    line = command_line(*flags, "--data", "arithmetic:heldout:64:1-2", "--k", 400, ranks=ranks)
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    assert "64 problems of 64 rows" in process.stdout.readline()
+    time.sleep(4)
+    process.send_signal(number)
+    shown, errors = process.communicate(timeout=60)
+    assert process.returncode != 0, shown
+    partial = out / "arithmetic.partial.jsonl"
+    records = [json.loads(text) for text in partial.read_text().splitlines()]
+    assert f"stopped by a signal: {len(records)} of {64 * 400} responses to arithmetic are in {partial}" in shown, errors
+    assert 0 < len(records) < 64 * 400 and [path.name for path in out.iterdir()] == [partial.name]
+    assert not shown.rstrip().endswith("}")
+    if ranks == 1:
+        again = command(*flags, "--data", "arithmetic:heldout:4:1-2", "--k", 1)
+        assert again.returncode == 0, again.stderr
+        assert sorted(path.name for path in out.iterdir()) == ["arithmetic.json", "arithmetic.jsonl"]

@@ -1,10 +1,8 @@
-"""The verifier: the case table, rewritten and mutated expressions, noise, attacks, and a grader under fire."""
+"""
+The grading processes: under fire, in time, without a word of mathematics; and rewards of one's own.
+"""
 
 import ast
-import builtins
-import collections
-import glob
-import itertools
 import json
 import os
 import random
@@ -14,14 +12,13 @@ import sys
 import textwrap
 import threading
 import time
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
-import reward_cases as cases
+import verify_cases as cases
 
-import answers
 import reward
+import scoring
 
 ROOT = Path(reward.__file__).resolve().parent
 
@@ -30,401 +27,14 @@ def boxed(answer: str) -> str:
     return rf"so the answer is $\boxed{{{answer}}}$."
 
 
-def equal(answer: str, gold: str) -> bool:
-    """The verdict with every tier in this process: the case table holds no bombs."""
-    return reward.judge(answer, gold, sympy=True)[0] == 1.0
-
-
-def pairs(rows, combine):
-    return [(kind, a, b) for kind, group in rows.items() for row in group for a, b in combine(row)]
-
-
-def same_pairs():
-    """All ordered pairs of a row; percentages and long decimals only against the first, since p% = p and p% = p/100."""
-    percent = {"percent": cases.SAME["percent"]}
-    together = pairs({k: v for k, v in cases.SAME.items() if k not in percent}, lambda row: itertools.product(row, row))
-    return together + pairs(percent, lambda row: [(x, row[0]) for x in row] + [(row[0], x) for x in row])
-
-
-def apart_pairs():
-    golds = {"golds": [cases.GOLDS]}
-    return pairs(cases.APART | golds, lambda row: itertools.permutations(row, 2))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-
-
-def test_the_table_is_large():
-    strings = {s for table in (cases.SAME, cases.APART) for group in table.values() for row in group for s in row}
-    assert len(strings) + len(cases.RESPONSES) + len(cases.ATTACKS) + len(cases.BOMBS) > 1000
-    assert len(same_pairs()) > 600 and len(apart_pairs()) > 600
-
-
-def test_spellings_of_one_answer_are_equal():
-    missed = [(kind, a, b) for kind, a, b in same_pairs() if not equal(a, b)]
-    assert not missed
-
-
-def test_lookalikes_are_not_equal():
-    paid = [(kind, a, b) for kind, a, b in apart_pairs() if equal(a, b)]
-    assert not paid
-
-
-def test_restated_arithmetic_is_no_answer():
-    pairs = [(form, number) for number, *forms in cases.EXERCISES for form in forms]
-    assert not [pair for pair in pairs if equal(*pair)]
-    assert not [pair for pair in pairs if pair[1] != r"50\%" and not equal(*reversed(pair))]
-
-
-@pytest.mark.parametrize("response, gold, score, rule", cases.RESPONSES)
-def test_response(response, gold, score, rule):
-    verdict = reward.grade(response, gold)
-    assert (verdict.score, verdict.rule) == (score, rule), verdict
-
-
-def test_each_extraction_rule_can_be_switched_off():
-    by_rule = {
-        "think": ("<think> \\boxed{5}", "5"), "boxes": ("\\boxed{1}, \\boxed{2}", "1, 2"), "boxed": ("\\boxed{5} 6", "5"),
-        "answer_is": ("the answer is 5. 6", "5"), "hashes": ("#### 5\n6", "5"), "answer": ("Answer: 5\n6", "5"),
-        "last_number": ("5 and 6", "6"),
-    }
-    assert set(by_rule) == set(reward.ALL)
-    for rule, (response, answer) in by_rule.items():
-        without = reward.extract(response, [r for r in reward.ALL if r != rule])
-        if rule == "think":
-            assert reward.extract(response) == (None, "none") and without == ("5", "boxed")
-        else:
-            assert reward.extract(response) == (answer, rule)
-            assert without[1] != rule and without[0] != answer
-
-
-def test_unparsed_is_not_wrong():
-    assert reward.grade("I do not know.", "5").reason == "unparsed"
-    assert reward.grade(boxed("6"), "5").reason == "wrong"
-    assert reward.grade(boxed(""), "5").reason == "unparsed"
-
-
-def test_the_reason_names_the_cheapest_tier():
-    tiers = {("7", "7"): "number", (r"\frac12", "0.5"): "number", ("(1,2)", "(1.0,2)"): "structure", ("east", "EAST"): "text",
-             ("(x+1)^2", "x^2+2x+1"): "algebra", (r"\sqrt{5+2\sqrt6}", r"\sqrt2+\sqrt3"): "algebra",
-             (r"\cos\frac{\pi}{12}", r"\frac{\sqrt6+\sqrt2}{4}"): "sympy"}
-    for (a, b), tier in tiers.items():
-        assert reward.judge(a, b, sympy=True) == (1.0, "equal:" + tier)
-
-
-def test_the_prime_field_is_what_its_comment_says():
-    sympy = pytest.importorskip("sympy")
-    assert answers.P == 2 * answers.M + 1 and sympy.isprime(answers.P) and sympy.isprime(answers.M)
-    assert all(pow(q, answers.M, answers.P) == 1 for q in sympy.primerange(152))
-
-
-def test_what_vanishes_in_the_prime_field_is_not_zero():
-    p, m = answers.P, answers.M
-    for answer, gold in [(f"x+{p}", "x"), (rf"\frac{{x}}{{{p}}}", "x"), (rf"x^{{{p - 1}}}", "1"), (f"2^{{{m}}}x", "x")]:
-        assert not equal(answer, gold) and not equal(gold, answer)
-
-
-def test_a_gold_that_cannot_match_is_reported():
-    for gold in ["5", r"\text{east}", "x=5", ["1", r"\frac12"], "1:58 am", *cases.GOLDS]:
-        assert reward.check_gold(gold) is None, gold
-    for gold in ["", " ", "nan", "?", r"\frac{1}{", r"\int_0^1 x dx + ", "(1" * 60, ["5", ""], []]:
-        assert reward.check_gold(gold), gold
-        assert "\n" not in reward.check_gold(gold)
-
-
-@pytest.mark.skipif("AERO_DATA" not in os.environ, reason="AERO_DATA names no folder with data files")
-def test_every_gold_of_the_data_files_equals_itself():
-    """Written as it stands, and respelled: \\dfrac, no spaces, \\left( \\right)."""
-    missed = []
-    for path in sorted(glob.glob(os.path.join(os.environ["AERO_DATA"], "*.jsonl"))):
-        for line in Path(path).read_text(encoding="utf-8").strip().split("\n"):
-            row = json.loads(line)
-            gold = row.get("answer", row.get("solution"))
-            if isinstance(gold, str) and ("####" in gold or "\\boxed" in gold):
-                gold = reward.extract(gold)[0]
-            for one in gold if isinstance(gold, list) else [str(gold)]:
-                one = one.strip()
-                if one == "" or reward.check_gold(one):
-                    continue  # reported when data is loaded
-                spellings = [one, one.replace(r"\frac", r"\dfrac")]
-                if "\\text" not in one and answers.is_math(one):
-                    spellings += [one.replace("(", r"\left(").replace(")", r"\right)")] if "\\left" not in one else []
-                missed += [(os.path.basename(path), s, one) for s in spellings if not equal(s, one)]
-    assert not missed
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fuzzing: expressions are nested tuples, rendered in LaTeX or ASCII, and evaluated here for the truth
-
-
-def make(rng, depth):
-    """A random rational expression: ("n", value) | ("x", name) | ("+" | "*" | "/" | "-", a, b) | ("^", a, n)"""
-    if depth == 0 or rng.random() < 0.15:
-        return ("n", rng.randint(1, 9)) if rng.random() < 0.5 else ("x", rng.choice("xyn"))
-    op = rng.choice("++**-/^")
-    if op == "^":
-        return (op, make(rng, depth - 1), rng.randint(2, 3))
-    return (op, make(rng, depth - 1), make(rng, depth - 1))
-
-
-def value(tree, point):
-    if tree[0] == "n":
-        return Fraction(tree[1])
-    if tree[0] == "x":
-        return point[tree[1]]
-    a, b = value(tree[1], point), tree[2] if tree[0] == "^" else value(tree[2], point)
-    return {"+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b, "^": lambda: a**b}[tree[0]]()
-
-
-def truth(tree):
-    """Values at five fixed points: the identity of an expression of this size; None where it is not defined."""
-    rng = random.Random(5)
-    try:
-        return [value(tree, {name: Fraction(rng.randint(10**6, 10**7), 10007) for name in "xyn"}) for _ in range(5)]
-    except ZeroDivisionError:
-        return None
-
-
-def latex(tree, rng):
-    op = tree[0]
-    if op in "nx":
-        return str(tree[1])
-    a = latex(tree[1], rng)
-    if op == "^":
-        return rng.choice([rf"\left({a}\right)^{{{tree[2]}}}", f"({a})^{tree[2]}"])
-    b = latex(tree[2], rng)
-    if op == "/":
-        return rng.choice([rf"\frac{{{a}}}{{{b}}}", rf"\dfrac{{{a}}} {{{b}}}"])
-    if op == "*":
-        return rng.choice([rf"({a}) \cdot ({b})", rf"({a})({b})", rf"\left({a}\right) \times \left({b}\right)"])
-    return f"({a}{op}{b})" if op == "+" else f"({a}-({b}))"
-
-
-def plain(tree, rng):
-    op = tree[0]
-    if op in "nx":
-        return str(tree[1])
-    if op == "^":
-        return rng.choice(["({})**{}", "({})^{}", "({})^({})"]).format(plain(tree[1], rng), tree[2])
-    return rng.choice(["({}){}({})", "({}) {} ({})"]).format(plain(tree[1], rng), op, plain(tree[2], rng))
-
-
-def rewrite(tree, rng):
-    """Commuted, distributed and expanded here and there."""
-    if tree[0] in "nx":
-        if tree[0] == "n" and rng.random() < 0.2:
-            k = rng.randint(2, 5)
-            return ("/", ("n", tree[1] * k), ("n", k))
-        return tree
-    if tree[0] == "^":
-        a = rewrite(tree[1], rng)
-        return ("*", a, ("^", a, tree[2] - 1)) if rng.random() < 0.5 and tree[2] > 1 else ("^", a, tree[2])
-    op, a, b = tree[0], rewrite(tree[1], rng), rewrite(tree[2], rng)
-    if op in "+*" and rng.random() < 0.5:
-        a, b = b, a
-    if op == "*" and b[0] == "+" and rng.random() < 0.6:
-        return ("+", ("*", a, b[1]), ("*", a, b[2]))
-    if op == "-" and rng.random() < 0.4:
-        return ("+", ("*", ("-", ("n", 0), ("n", 1)), b), a)
-    if op == "/" and rng.random() < 0.4:
-        return ("*", a, ("/", ("n", 1), b))
-    return (op, a, b)
-
-
-def mutate(tree, rng):
-    """One leaf or operator changed."""
-    if tree[0] == "n":
-        return ("n", tree[1] + rng.choice([1, 10, -tree[1] + 11]))
-    if tree[0] == "x":
-        return ("x", {"x": "y", "y": "n", "n": "x"}[tree[1]])
-    if rng.random() < 0.3:
-        op = rng.choice([o for o in "+-*/" if o != tree[0]])
-        return (op, tree[1], ("n", tree[2]) if tree[0] == "^" else tree[2])
-    if tree[0] == "^":
-        return ("^", mutate(tree[1], rng), tree[2]) if rng.random() < 0.5 else ("^", tree[1], tree[2] + 1)
-    return (tree[0], mutate(tree[1], rng), tree[2]) if rng.random() < 0.5 else (tree[0], tree[1], mutate(tree[2], rng))
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_rewritten_expressions_are_equal_and_mutated_ones_are_not(seed):
-    rng = random.Random(seed)
-    missed, paid, same, different = [], [], 0, 0
-    for _ in range(250):
-        tree = make(rng, rng.randint(1, 4))
-        values = truth(tree)
-        if values is None:
-            continue
-        gold, other = latex(tree, rng), rewrite(tree, rng)
-        assert truth(other) == values
-        for answer in (plain(other, rng), latex(other, rng)):
-            same += 1
-            if not equal(answer, gold):
-                missed.append((answer, gold, reward.judge(answer, gold, sympy=True)))
-        mutant = mutate(rewrite(tree, rng), rng)
-        if truth(mutant) not in (values, None):
-            different += 1
-            answer = rng.choice([plain, latex])(mutant, rng)
-            if equal(answer, gold):
-                paid.append((answer, gold))
-    assert not paid
-    assert len(missed) <= 0.005 * same, missed  # an expression beyond the bounds is not decided, thus wrong
-    assert same > 300 and different > 150
-
-
-def test_fuzzed_numbers():
-    """Every spelling of a rational is equal to it, and its neighbours in the same spelling are not."""
-    rng = random.Random(11)
-
-    def spellings(v):
-        yield rf"\frac{{{v.numerator}}}{{{v.denominator}}}"
-        k = rng.randint(2, 30)
-        yield f"{v.numerator * k}/{v.denominator * k}"
-        if v.denominator == 1:
-            yield f"{v.numerator:,}"
-            yield f"{v.numerator}.0"
-        whole, rest = divmod(abs(v), 1)
-        if rest and whole:
-            yield ("-" if v < 0 else "") + rf"{whole}\frac{{{rest.numerator}}}{{{rest.denominator}}}"
-        if (10**12 * v).denominator == 1:
-            digits = f"{abs(10**12 * v).numerator:013d}"
-            yield ("-" if v < 0 else "") + f"{digits[:-12]}.{digits[-12:]}"
-            yield f"{v.numerator * (10**12 // v.denominator)}e-12"
-            yield rf"{v.numerator * (10**12 // v.denominator)} \times 10^{{-12}}"
-
-    for _ in range(400):
-        largest = 10 ** rng.randint(1, 12)
-        v = Fraction(rng.randint(-largest, largest), rng.choice([1, 1, 2, 4, 5, 8, 40, 3, 7, 9, 11, 125]))
-        if v == 0:
-            continue
-        near = [v + Fraction(1, v.denominator), -v, v + 1, v * 10, v - 1, 1 / v if abs(v) != 1 else v + 3]
-        for answer in spellings(v):
-            assert equal(answer, str(v)), (answer, v)
-            for w in near:
-                if w not in (v, 0):
-                    assert not any(equal(answer, gold) for gold in spellings(w)), (answer, w)
-
-
-def test_fuzzed_containers():
-    rng = random.Random(3)
-    for _ in range(200):
-        items = rng.sample(["1", "-2", r"\frac12", r"\sqrt2", "x+1", r"\pi", "7", "0.25", "2n"], rng.randint(2, 5))
-        shuffled = rng.sample(items, len(items))
-        for opening, closing, ordered in [("(", ")", True), (r"\{", r"\}", False), ("", "", False)]:
-            gold, answer = opening + ",".join(items) + closing, opening + ", ".join(shuffled) + closing
-            assert equal(gold, answer) == (not ordered or items == shuffled), (gold, answer)
-            assert not equal(opening + ",".join(items[:-1]) + closing, gold)
-            assert not equal(opening + ",".join([*items, "99"]) + closing, gold)
-            changed = [*items[:-1], items[-1] + "+1"]
-            assert not equal(opening + ",".join(changed) + closing, gold), (changed, gold)
-
-
-SOUP = [*r"0123456789+-*/^_(){}[]|!%,.;:=<>$&~'\ ", "\u221a", "\u00b2", "\ud800"]
-SOUP += answers.words(r"""x n pi e i sin sqrt and or \frac \sqrt \left \right \pm \cup \in \{ \} \text{a}
-    \begin{pmatrix} \end{pmatrix} \\ \log \infty \% ^\circ \boxed{ \mathbb{R} \binom \overline{ \angle \le \lfloor \rfloor""")
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_noise_never_raises_and_never_takes_long(seed):
-    rng = random.Random(seed)
-    slowest = 0.0
-    for _ in range(1000):
-        if rng.random() < 0.5:
-            noise = rng.randbytes(rng.randint(0, 300)).decode(rng.choice(["latin-1", "utf-8"]), "surrogateescape")
-        else:
-            noise = "".join(rng.choice(SOUP) for _ in range(rng.randint(1, 60)))
-        gold = rng.choice(cases.GOLDS)
-        began = time.perf_counter()
-        for response in (noise, boxed(noise), "The answer is " + noise, rf"\boxed{{{noise}"):
-            verdict = reward.grade(response, gold)
-            assert verdict.score == 0 or verdict.rule != "boxed" or answers.plain(noise) == answers.plain(gold), (noise, gold)
-            assert verdict.reason != "crash", (noise, gold)
-            assert verdict.extracted is None or verdict.extracted in response or verdict.rule == "boxes"
-        reward.grade(boxed("5"), noise)
-        reward.check_gold(noise)
-        slowest = max(slowest, time.perf_counter() - began)
-    assert slowest < 5
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attacks
-
-
-def test_attacks_run_nothing_and_pay_nothing(tmp_path):
-    for i, attack in enumerate(cases.ATTACKS):
-        path = tmp_path / f"f{i}"
-        answer = attack.replace("{path}", str(path)).replace("{{", "{").replace("}}", "}")
-        octal = answer.replace(str(path), "".join(f"\\{ord(c):o}" for c in str(path)))
-        for text in (answer, octal):
-            for gold in cases.ATTACKED:
-                for response in (boxed(text), text, "The answer is " + text, "#### " + text):
-                    verdict = reward.grade(response, gold)
-                    assert verdict.score == 0 or verdict.rule != "boxed", (response, gold, verdict)
-            assert not equal("5", text)
-            reward.check_gold(text)
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("number", range(len(cases.BOMBS)))
-def test_bombs_are_answered_in_time(number):
-    bomb = cases.BOMBS[number]
-    for gold in cases.ATTACKED:
-        began = time.perf_counter()
-        verdict = reward.grade(boxed(bomb), gold)
-        assert verdict.score == 0 and verdict.reason != "crash", (bomb, gold, verdict)
-        assert reward.grade(boxed(gold), bomb).score == 0
-        assert time.perf_counter() - began < 5
-    reward.check_gold(bomb)
-
-
-def test_hostile_responses_are_read_in_linear_time():
-    for piece in ["\\boxed{", "\\boxed{}", "{", "}", "\\{", "$", "\\(", "the answer is ", "answer is 1,", "#### ", "1,", "1/",
-                  "-", "\\frac{1}{", "<think>", "</think>", "\\boxed{1}, ", "answer: ", "answer to ", "a.", "1,111", "$1",
-                  "\\[1"]:
-        began = time.perf_counter()
-        reward.grade(piece * (100_000 // len(piece)), "7")
-        assert time.perf_counter() - began < 3, piece
-
-
-def forbid(*_, **__):
-    raise AssertionError("text was about to be evaluated")
-
-
-def test_no_text_reaches_an_evaluator(monkeypatch):
-    """The whole table runs with eval, exec, compile and every parser of sympy disabled."""
-    sympy = pytest.importorskip("sympy")
-    from sympy.parsing import latex as latex_parser
-    from sympy.parsing import sympy_parser as parser
-
-    sample = [*same_pairs()[::3], *apart_pairs()[::9], *(("", a, g) for a in cases.ATTACKS for g in cases.ATTACKED)]
-    for _, a, b in same_pairs():
-        equal(a, b)  # whatever sympy imports on first use
-    answers.read.cache_clear()
-    with monkeypatch.context() as m:
-        for module, name in [(parser, "parse_expr"), (parser, "eval_expr"), (latex_parser, "parse_latex"), (sympy, "sympify"),
-                             (sympy, "parse_expr"), (sympy, "S"), *((builtins, name) for name in ("eval", "exec", "compile"))]:
-            m.setattr(module, name, forbid)
-        results = [equal(a, b) for _, a, b in sample]
-    assert sum(results) >= len(same_pairs()[::3])
-
-
-def test_the_source_names_no_evaluator():
-    nodes = [n for m in (answers, reward) for n in ast.walk(ast.parse(Path(m.__file__).read_text(encoding="utf-8")))]
-    used = {getattr(node, "id", getattr(node, "attr", None)) for node in nodes}
-    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
-    imported = {alias.name for node in imports for alias in node.names}
-    assert not used & {"eval", "exec", "__import__", "sympify", "parse_expr", "parse_latex", "simplify", "lambdify"}
-    assert not imported & {"pickle", "torch", "multiprocessing", "importlib", "parse_expr", "parse_latex"}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The grader
 
 FIRE = """
 import os, sys, time
 sys.path.insert(0, {root!r})
-import reward, socket
-calm = reward.judge
+import scoring, socket, verify
+calm = verify.judge
 def judge(extracted, gold, sympy):
     if "hang" in extracted: time.sleep(1000)
     if "spin" in extracted:
@@ -437,8 +47,8 @@ def judge(extracted, gold, sympy):
     if "raise" in extracted: raise ValueError("x")
     if "modules" in extracted: return 1.0, "torch" if "torch" in sys.modules else "clean"
     return calm(extracted, gold, sympy)
-reward.judge = judge
-reward.work(socket.socket(fileno=int(sys.argv[1])), float(sys.argv[2]))
+verify.judge = judge
+scoring.work(socket.socket(fileno=int(sys.argv[1])), float(sys.argv[2]), sys.argv[3])
 """
 
 
@@ -630,56 +240,179 @@ def test_a_lost_worker_is_replaced(burning):
         assert done[1].reason == "crash"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Speed: a tenth to a quarter of what an idle core does
-
-
-def rate(items):
-    began = time.perf_counter()
-    times = []
-    for response, gold in items:
-        start = time.perf_counter()
-        reward.grade(response, gold)
-        times.append(time.perf_counter() - start)
-    return len(items) / (time.perf_counter() - began), sorted(times)[int(0.99 * len(times))]
-
-
-def test_importing_is_quick_and_brings_no_sympy():
-    code = ("import time; t = time.perf_counter(); import reward; import sys; "
-            "print(time.perf_counter() - t, 'sympy' in sys.modules, 'mpmath' in sys.modules)")
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    seconds, *heavy = out.split()
-    assert float(seconds) < 1 and heavy == ["False", "False"]
-
-
-def test_speed():
-    rng = random.Random(0)
-    integers = [("We add them up. " * 20 + boxed(str(rng.randint(0, 999))), str(rng.randint(0, 999))) for _ in range(4000)]
-    per_second, _ = rate(integers)
-    assert per_second > 4000
-    mix = [(boxed(a), b) for _, a, b in rng.sample(same_pairs(), 1500) + rng.sample(apart_pairs(), 1500)]
-    answers.read.cache_clear()
-    per_second, p99 = rate(mix)
-    assert per_second > 300 and p99 < 0.3
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Cross-check
+# What the file itself imports
 
 
-def test_disagreements_with_math_verify_are_decided():
-    """Where both are installed, each pair of the table on which they differ was decided by hand: the table is right.
-    What the other verifier says of rewritten and mutated expressions may differ only where it is wrong."""
-    math_verify = pytest.importorskip("math_verify")
-    rng, differ = random.Random(2), collections.Counter()
-    for _ in range(40):
-        tree = make(rng, 3)
-        if truth(tree) is None:
-            continue
-        gold, mutant = latex(tree, rng), mutate(rewrite(tree, rng), rng)
-        for other, right in ((rewrite(tree, rng), True), (mutant, truth(mutant) == truth(tree))):
-            answer = latex(other, rng)
-            theirs = bool(math_verify.verify(math_verify.parse(boxed(gold)), math_verify.parse(boxed(answer))))
-            assert equal(answer, gold) == right, (answer, gold)
-            differ[theirs == right] += 1
-    print("math-verify agrees on", differ[True], "and differs on", differ[False], "fuzzed pairs")
+def test_the_source_names_no_evaluator():
+    """A reward of one's own is imported by the name that stands on the command line; nothing else becomes code."""
+    nodes = [n for m in (reward, scoring) for n in ast.walk(ast.parse(Path(m.__file__).read_text(encoding="utf-8")))]
+    used = {getattr(node, "id", getattr(node, "attr", None)) for node in nodes}
+    imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+    imported = {alias.name for node in imports for alias in node.names}
+    assert not used & {"eval", "exec", "__import__", "sympify", "parse_expr", "parse_latex", "simplify", "lambdify"}
+    assert not imported & {"pickle", "torch", "multiprocessing", "parse_expr", "parse_latex"}
+    loader = next(n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == "import_source")
+    inside = {id(node) for node in ast.walk(loader)}
+    assert all(id(n) in inside for n in nodes if isinstance(n, ast.Attribute) and n.attr in ("import_module", "exec_module"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards of one's own
+
+MINE = """
+import os, time
+BINARY = False
+def check(gold):
+    return None if gold else "gold answer is empty"
+def f(response, gold, problem):
+    if response == "raise": raise KeyError("x")
+    if response == "hang": time.sleep(1000)
+    if response == "memory": return len(bytearray(2**34))
+    if response == "depth": return f(response, gold, problem)
+    if response == "exit": os._exit(3)
+    if response == "nan": return float("nan")
+    if response == "none": return None
+    if response == "text": return "0.25"
+    if response == "pair": return 0.75, "nearly"
+    if response == "once":
+        with open(gold["log"], "a") as file: file.write(problem + " ")
+        return 1
+    return -0.5 if problem in gold["wrong"] else len(response) / gold["long"]
+lambda_f = lambda response: 1.0
+number = 7
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    return f"{path}:f"
+
+
+def test_a_function_of_ones_own_is_graded_within_the_same_bounds(mine):
+    """The gold answer is opaque, the whole response and the problem reach the function, and what fails is counted."""
+    gold = {"wrong": ["p1", ["nested"]], "long": 10}
+    expected = {"abc": (0.3, "scored"), "raise": (0.0, "crash"), "hang": (0.0, "timeout"), "memory": (0.0, "limit"),
+                "depth": (0.0, "limit"), "exit": (0.0, "crash"), "nan": (0.0, "crash"), "none": (0.0, "crash"),
+                "text": (0.25, "scored"), "pair": (0.75, "nearly")}
+    with reward.Grader(mine, workers=2, timeout_s=0.7, memory_gib=1.0) as grader:
+        for response in expected:
+            grader.submit(response, response, gold, "p0")
+        grader.submit("wrong", "abc", gold, "p1")
+        done = collect(grader)
+        assert {key: (v.score, v.reason) for key, v in done.items()} == expected | {"wrong": (-0.5, "scored")}
+        assert done["abc"].extracted is None and done["abc"].rule == "whole_response"
+        counts = grader.counts
+        assert (counts["graded"], counts["right"], counts["cached"]) == (11, 3, 0)
+        assert (counts["timeout"], counts["limit"], counts["crash"]) == (1, 2, 4)
+
+
+def test_a_function_is_asked_once_for_equal_arguments(mine, tmp_path):
+    log = tmp_path / "log"
+    golds = [{"log": str(log)}, {"log": str(log), "other": 1}]
+    with reward.Grader(mine, workers=1) as grader:
+        for i in range(8):
+            grader.submit(i, "once", golds[i % 2], f"p{i // 4}")
+        collect(grader)
+        grader.submit("again", "once", golds[0], "p0")
+        assert collect(grader)["again"].score == 1 and grader.counts["cached"] == 5
+    assert sorted(log.read_text().split()) == ["p0", "p0", "p1", "p1"]
+
+
+def test_long_responses_do_not_block(mine):
+    """A worker that still starts does not read: two megabytes at once would have waited for it in submit()."""
+    gold = {"wrong": [], "long": 100_000}
+    with reward.Grader(mine, workers=1) as grader:
+        began = time.perf_counter()
+        for i in range(20):
+            grader.submit(i, str(i % 10) * 100_000 + "!" * i, gold)
+        assert time.perf_counter() - began < 0.5
+        done = collect(grader)
+        assert {key: v.score for key, v in done.items()} == {i: 1 + i / 100_000 for i in range(20)}
+
+
+def test_a_process_that_a_function_started_ends_with_it(tmp_path):
+    (tmp_path / "child.py").write_text(textwrap.dedent("""
+        import subprocess, time
+        def f(response, gold, problem):
+            child = subprocess.Popen(["sleep", "1000"])
+            with open(gold, "w") as file: file.write(str(child.pid))
+            time.sleep(1000)
+        """))
+    with reward.Grader(f"{tmp_path}/child.py:f", workers=1, timeout_s=0.7) as grader:
+        grader.submit(0, "x", str(tmp_path / "pid"))
+        assert collect(grader)[0].reason == "timeout"
+        until = time.monotonic() + 5
+        while alive(pids := [int((tmp_path / "pid").read_text())]) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not alive(pids)
+
+
+def test_a_module_is_found_by_name_and_a_file_by_path(mine, tmp_path, monkeypatch):
+    """The workers find what the parent finds, also beside the file and on a path that only the parent knows."""
+    (tmp_path / "helper.py").write_text("def f(response, gold, problem):\n    return gold['long']\n")
+    (tmp_path / "outer.py").write_text("from helper import f\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for spec in ("outer:f", f"{tmp_path}/outer.py:f"):
+        with reward.Grader(spec, workers=1) as grader:
+            grader.submit(0, "x", {"long": 4})
+            assert collect(grader)[0].score == 4
+    monkeypatch.chdir(tmp_path)
+    loaded = reward.load_reward("mine.py:f")
+    assert (loaded.binary, loaded.check({}), loaded.check({"a": 1})) == (False, "gold answer is empty", None)
+    assert loaded.version == reward.load_reward(mine).version != reward.load_reward("math").version
+    assert reward.load_reward("outer:f").binary is None and reward.load_reward("outer:f").check(None) is None
+
+
+def test_a_wrong_reward_is_one_line_before_any_process(mine, tmp_path, monkeypatch):
+    monkeypatch.setattr(reward, "Worker", None)
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+    (tmp_path / "syntax.py").write_text("def f(\n")
+    (tmp_path / "ends.py").write_text("import sys\nsys.exit('bye')\n")
+    (tmp_path / "odd.py").write_text("BINARY = 'yes'\ndef f(response, gold, problem): return 1\n")
+    file = mine.removesuffix(":f")
+    for spec, message in [
+        ("maths", "wanted math, MODULE:FUNCTION or FILE.py:FUNCTION"), ("a:", "wanted math"), (":a", "wanted math"),
+        (f"{tmp_path}/absent.py:f", "no such file"),
+        ("nothing_of_that_name:f", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+        (f"{tmp_path}/broken.py:f", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+        (f"{tmp_path}/syntax.py:f", "SyntaxError"), (f"{tmp_path}/ends.py:f", "SystemExit: bye"),
+        (f"{file}:g", "has no function g"), (f"{file}:number", "has no function number"),
+        (f"{file}:lambda_f", "wanted lambda_f(response, gold, problem), found: too many positional arguments"),
+        (f"{tmp_path}/odd.py:f", "BINARY is 'yes', wanted True or False"), ("builtins:pow", "wanted pow(response"),
+    ]:
+        with pytest.raises(ValueError, match=r"^--reward ") as caught:
+            reward.Grader(spec)
+        assert message in str(caught.value) and "\n" not in str(caught.value), spec
+
+
+def test_a_gold_answer_that_cannot_be_sent_or_checked_is_one_line(mine, tmp_path):
+    assert "set is not JSON serializable" in reward.load_reward(mine).check({1, 2})
+    (tmp_path / "c.py").write_text(MINE + "def check(gold):\n    return gold['a'] + '\\nb'\n")
+    loaded = reward.load_reward(f"{tmp_path}/c.py:f")
+    assert loaded.check({}) == "check raised KeyError: 'a'" and loaded.check({"a": "x"}) == "x b"
+
+
+def test_the_shipped_reward():
+    from tasks import exact
+
+    assert exact.exact("I add. \n Answer: Paris ", "paris", "") == pytest.approx(1 - 0.0005 * 4)
+    assert exact.exact("The capital is Lyon", "Paris", "") == 0 == exact.exact("", "Paris", "")
+    assert exact.exact("so it is\n\n 42 \n", 42, "") == pytest.approx(1 - 0.0005 * 4)
+    assert exact.exact("word " * 5000 + "\nParis", "Paris", "") == 0.5
+    assert [bool(exact.check(gold)) for gold in ("x", 4, " ", None, True, ["x"])] == [False, False, True, True, True, True]
+    with reward.Grader("tasks/exact.py:exact" if Path.cwd() == ROOT else f"{ROOT}/tasks/exact.py:exact", workers=1) as grader:
+        grader.submit(0, "Answer: b", "b")
+        assert collect(grader)[0].score == pytest.approx(1 - 0.0005 * 2)
+
+
+def test_the_exception_of_a_function_is_shown_once(mine, capfd):
+    with reward.Grader(mine, workers=1) as grader:
+        for i in range(3):
+            grader.submit(i, "raise", {"i": i})
+        assert all(v.reason == "crash" for v in collect(grader).values())
+    assert capfd.readouterr().err.count("KeyError: 'x'") == 1

@@ -1,0 +1,1 @@
+"""Problems made here, base models made here, and a second reward."""
