@@ -225,7 +225,7 @@ class Algorithm(NamedTuple):
     keep: Callable
     advantage: Callable
     rewards: str  # which it has a meaning for, see ALLOWED; others are refused
-    defaults: dict = {}  # published settings that differ from Config
+    defaults: dict = {}  # noqa: RUF012 (published settings that differ from Config)
     refill: bool = False  # flat groups are replaced by fresh problems
     check: Callable = no_check  # (cfg): raises ValueError for settings that contradict each other
     # (group, cfg) -> the problem's new memory, which its next group brings along; None: no memory.

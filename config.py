@@ -17,9 +17,11 @@ import torch
 import aero
 
 
-def knob(default, help, choices=None, least=None, above=None, most=None):
+def knob(default, help, choices=None, least=None, above=None, most=None, below=None):
     """A dataclass field with the help text and the bounds of its flag."""
-    metadata = dict(help=help, choices=choices, least=least, above=above, most=most)
+    metadata = dict(
+        help=help, choices=choices, least=least, above=above, most=most, below=below
+    )
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -124,7 +126,7 @@ class Config(Knobs):
         aero.LOSS_NORMS,
     )
     clip_low: float = knob(
-        0.2, "the policy ratio is clipped below 1 - clip_low", above=0.0, most=1.0
+        0.2, "the policy ratio is clipped below 1 - clip_low", above=0.0, below=1.0
     )
     clip_high: float = knob(0.2, "the policy ratio is clipped above 1 + clip_high", above=0.0)
     is_cap: float = knob(
@@ -241,8 +243,9 @@ def check_choices(cfg) -> None:
             raise ValueError(f"--{f.name} {value}: wanted one of {' '.join(choices)}")
 
 
-def check_bounds(cfg) -> None:
-    """ValueError, one line, for the first setting outside the bounds of its knob."""
+def check_fields(cfg) -> None:
+    """ValueError, one line, for the first setting outside the choices or bounds of its knob."""
+    check_choices(cfg)
     for f in fields(cfg):
         value = getattr(cfg, f.name)
         bounds = f.metadata
@@ -255,6 +258,8 @@ def check_bounds(cfg) -> None:
             raise ValueError(f"{flag}: wanted a number above {bounds['above']:g}")
         if bounds["most"] is not None and value > bounds["most"]:
             raise ValueError(f"{flag}: wanted at most {bounds['most']:g}")
+        if bounds["below"] is not None and value >= bounds["below"]:
+            raise ValueError(f"{flag}: wanted a number below {bounds['below']:g}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -321,7 +326,6 @@ def parse(kind: type, argv: list[str], description: str):
         print(parser.format_help())
         raise SystemExit(0)
     cfg.complete()
-    check_choices(cfg)
-    check_bounds(cfg)
+    check_fields(cfg)
     cfg.check()
     return cfg

@@ -113,6 +113,7 @@ def record_of(rollout: Rollout, verdict: reward.Verdict, tokenizer) -> dict:
         "prompt": tokenizer.decode(problem.prompt),
         "response": tokenizer.decode(rollout.tokens, skip_special_tokens=True),
         "gold": problem.gold,
+        "opened": problem.opens_thought,
         "length": len(rollout.tokens),
         "truncated": rollout.truncated,
     } | vars(verdict)

@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict:
 
 def write_json(path: Path, value: dict) -> None:
     """Complete or not at all."""
-    partial_path = path.with_name(path.name + ".partial")
+    partial_path = path.with_suffix(".partial")
     partial_path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(partial_path, path)
 

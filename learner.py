@@ -28,6 +28,7 @@ import aero
 from aero import MicroBatch
 from model import Model, Packed, forward_flops, pack
 
+
 class Trained(NamedTuple):
     """One rollout on its way to the learner."""
 

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from curves import curves, read_rows
-from prompts import template_text
 from eval import columns
 from metrics import Totals
+from prompts import template_text
 
 LEVELS = range(2, 13)  # a set with so many levels gets a line for each
 

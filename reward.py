@@ -144,9 +144,10 @@ class Grader:
         self.owner = os.getpid()
         atexit.register(self.close)
 
-    def submit(self, key, response: str, gold, problem: str = "") -> None:
-        """Queues a response under any `key`. Never blocks."""
-        text, rule = self.reward.extract(response)
+    def submit(self, key, response: str, gold, problem: str = "", opened: bool = False) -> None:
+        """Queues a response under any `key`. opened: its prompt ends inside a thought. Never
+        blocks."""
+        text, rule = self.reward.extract(response, opened)
         waiter = key, None if rule == WHOLE else text, rule
         self.pending += 1
         if outcome := self.reward.instant(text, gold):

@@ -411,7 +411,7 @@ def graded(sampler: Sampler, grader, tokenizer, stop=None) -> Iterator[tuple[Rol
                 sampler.add(group.next_round())     # drawn and yielded by this very loop
 
     Once stop.asked it ends early: what runs stays in the sampler, what is graded in the grader.
-    grader: submit(key, response, gold, problem), where the key is the rollout; poll() and
+    grader: submit(key, response, gold, problem, opened), the key is the rollout; poll() and
     wait(seconds) -> [(key, verdict)]; pending; waited, to which the seconds are added in which
     decoding had ended and grading had not.
     """
@@ -419,7 +419,9 @@ def graded(sampler: Sampler, grader, tokenizer, stop=None) -> Iterator[tuple[Rol
         for rollout in sampler.step():
             problem = rollout.request.problem
             response = tokenizer.decode(rollout.tokens, skip_special_tokens=True)
-            grader.submit(rollout, response, problem.gold, problem.text)
+            grader.submit(
+                rollout, response, problem.gold, problem.text, problem.opens_thought
+            )
         if sampler.busy:
             verdicts = grader.poll()
         else:

@@ -27,6 +27,10 @@ import verify
 WHOLE = "whole_response"  # the rule of a reward that extracts nothing
 
 
+def whole(response: str, opened: bool) -> tuple[str, str]:
+    return response, WHOLE
+
+
 def nothing(*arguments) -> None:
     return None
 
@@ -41,7 +45,7 @@ class Reward:
     binary: bool | None = None  # whether all scores are 0 or 1; None: nobody said
     check: Callable = nothing  # gold -> None, or one line that says why it is of no use
     read_gold: Callable | None = None  # what a row holds -> gold, ValueError with the reason
-    extract: Callable = lambda response: (response, WHOLE)  # -> (the text that is judged, rule)
+    extract: Callable = whole  # (response, opened) -> (the text that is judged, rule)
     instant: Callable = nothing  # (text, gold) -> (score, reason) where a trip costs more, or None
     needs_problem: bool = True  # otherwise a verdict hangs on text and gold alone
     warm_up: Callable = nothing  # what a grading process does before its clock runs

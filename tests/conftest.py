@@ -1,8 +1,11 @@
 """What several test files share: small models, one of them taught to answer, and its problems."""
 
 import json
+import multiprocessing
 import os
 import random
+import sys
+from multiprocessing import forkserver
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +15,22 @@ if not torch.cuda.is_available():
     # The sampler's kernels run in Triton's interpreter; to be said before triton is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from tasks.base import character_tokenizer
 from hf import config_from_dict, save_folder
 from model import Model, ModelConfig, pack
+from tasks.base import character_tokenizer
+
+# Everything is imported once, so that a process costs what it computes.
+SERVER = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(scope="session")
+def server():
+    """It gets its path from the environment: Python 3.11 to 3.13 do not hand on sys.path to what
+    it imports first."""
+    SERVER.set_forkserver_preload(["test_train", "test_learner"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        forkserver.ensure_running()
 
 
 def pytest_configure():

@@ -251,7 +251,7 @@ def test_golds_of_another_reward(tokenizer, write):
     rows = [{"problem": f"q{i}", c: g} for i, (c, g) in enumerate(zip(columns, golds))]
     rows[4]["reward_model"] = {"ground_truth": True}
     rows += [{"problem": "a", "answer": None}, {"problem": "b", "reward_model": "no object"}]
-    for other in (None, reward.Reward("mine.py:f")):
+    for other in (None, reward.Reward("mine.py:f", len, "")):
         problems = data.load(write(rows), tokenizer, "none", reward=other)
         assert [p.gold for p in problems] == golds
         assert problems.report.dropped == {"no answer": [8, 9]}
@@ -284,11 +284,11 @@ def test_a_reward_may_check_golds_and_may_read_them(tokenizer, write):
         return raw.upper()
 
     rows = [{"problem": str(i), "answer": g} for i, g in enumerate(["tests 1", "x", "y"])]
-    problems = data.load(write(rows), tokenizer, "none", reward=reward.Reward("m:f", check=check))
+    problems = data.load(write(rows), tokenizer, "none", reward=reward.Reward("m:f", len, "", check=check))
     assert [p.gold for p in problems] == ["tests 1"]
     assert problems.report.dropped == {"gold has no tests": [2, 3]}
     rows = [{"problem": str(i), "answer": g} for i, g in enumerate(["a", "bad"])]
-    own = reward.Reward("m:f", read_gold=read_gold)
+    own = reward.Reward("m:f", len, "", read_gold=read_gold)
     problems = data.load(write(rows), tokenizer, "none", reward=own)
     assert [p.gold for p in problems] == ["A"]
     assert problems.report.dropped == {"no gold at all": [2]}

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from test_model import FAMILIES, difference, loaded, packed, randomize
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import base
 import hf
 from hf import (
     config_from_dict,
@@ -29,6 +28,7 @@ from hf import (
     write_json,
 )
 from model import Model, rope_tables
+from tasks import base
 
 family = test_model.family  # the fixture
 

@@ -3,7 +3,6 @@ The grading processes: under fire, in time, without a word of mathematics; and r
 """
 
 import ast
-import json
 import os
 import random
 import signal
@@ -27,7 +26,7 @@ def boxed(answer: str) -> str:
     return rf"so the answer is $\boxed{{{answer}}}$."
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The grader
 
 FIRE = """
@@ -75,6 +74,7 @@ def alive(pids):
             return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
         except OSError:
             return False
+
     return [pid for pid in pids if running(pid)]
 
 
@@ -83,10 +83,19 @@ def pids_of(grader):
 
 
 def test_grader_under_fire_loses_no_item(burning):
-    traps = {"hang": "timeout", "spin": "timeout", "memory": "limit", "depth": "limit", "exit": "crash", "kill": "crash",
-             "raise": "crash"}
+    traps = {
+        "hang": "timeout",
+        "spin": "timeout",
+        "memory": "limit",
+        "depth": "limit",
+        "exit": "crash",
+        "kill": "crash",
+        "raise": "crash",
+    }
     rng = random.Random(0)
-    items = [(f"{trap} {i}", "0", trap) for trap in traps for i in range(2)] + [(f"x+{i}", f"{i}+x", "") for i in range(300)]
+    items = [(f"{trap} {i}", "0", trap) for trap in traps for i in range(2)] + [
+        (f"x+{i}", f"{i}+x", "") for i in range(300)
+    ]
     rng.shuffle(items)
     with reward.Grader(workers=2, timeout_s=0.7, memory_gib=1.0) as grader:
         for key, (answer, gold, _) in enumerate(items):
@@ -95,7 +104,10 @@ def test_grader_under_fire_loses_no_item(burning):
         seen = pids_of(grader)
         assert grader.pending == 0 and set(done) == set(range(len(items)))
         for key, (_, _, trap) in enumerate(items):
-            assert done[key].reason == (traps[trap] if trap else "equal:algebra"), (items[key], done[key])
+            assert done[key].reason == (traps[trap] if trap else "equal:algebra"), (
+                items[key],
+                done[key],
+            )
             assert done[key].score == (0 if trap else 1)
         counts = grader.counts
         assert (counts["graded"], counts["right"]) == (len(items), 300)
@@ -104,8 +116,10 @@ def test_grader_under_fire_loses_no_item(burning):
 
 
 def test_a_hang_costs_only_itself(burning):
-    """The clock of an item starts when work on it starts, not in the queue: with one worker and many slow-ish batches
-    none but the hanging item times out."""
+    """
+    The clock of an item starts when work on it starts, not in the queue: with one worker and many
+    slow-ish batches none but the hanging item times out.
+    """
     with reward.Grader(workers=1, timeout_s=1.0) as grader:
         for i in range(40):
             grader.submit(i, boxed("hang" if i == 20 else f"x+{i}"), f"x+{i}")
@@ -149,7 +163,24 @@ def test_sixteen_samples_of_one_answer_are_graded_once():
         for i in range(16):
             grader.submit(i, f"take {i}: " + boxed("x^2-1"), "(x-1)(x+1)")
         done = collect(grader)
-        assert len(done) == 16 and all(v.score == 1 for v in done.values()) and grader.counts["cached"] == 15
+        assert (
+            len(done) == 16
+            and all(v.score == 1 for v in done.values())
+            and grader.counts["cached"] == 15
+        )
+
+
+def test_a_thought_that_the_prompt_opened():
+    """What stands in it is no answer, and it never closed. A function of yours gets it all."""
+    response = "I think \\boxed{42}, but"
+    with reward.Grader(workers=1) as grader:
+        for opened in (False, True):
+            grader.submit(opened, response, "42", opened=opened)
+        grader.submit("closed", response + "</think> \\boxed{42}", "42", opened=True)
+        scores = {}
+        while len(scores) < 3:
+            scores.update({key: verdict.score for key, verdict in grader.wait(1.0)})
+    assert scores == {False: 1.0, True: 0.0, "closed": 1.0}
 
 
 def test_submit_and_poll_are_cheap():
@@ -172,8 +203,11 @@ def test_submit_and_poll_are_cheap():
 
 
 def test_grade_is_safe_from_many_threads():
-    hard = [(r"\cos\frac{\pi}{12}", r"\frac{\sqrt6+\sqrt2}{4}", 1), (r"\arctan 1", r"\frac{\pi}{4}", 1),
-            (r"\cos\frac{\pi}{12}", r"\frac{\sqrt6-\sqrt2}{4}", 0)]
+    hard = [
+        (r"\cos\frac{\pi}{12}", r"\frac{\sqrt6+\sqrt2}{4}", 1),
+        (r"\arctan 1", r"\frac{\pi}{4}", 1),
+        (r"\cos\frac{\pi}{12}", r"\frac{\sqrt6-\sqrt2}{4}", 0),
+    ]
     wrong = []
 
     def run():
@@ -192,19 +226,24 @@ def script(tmp_path, body):
 
 
 def test_a_script_without_a_main_guard_runs_once(tmp_path):
-    command = script(tmp_path, r"""
+    command = script(
+        tmp_path,
+        r"""
         import reward
         print("top", flush=True)
         grader = reward.Grader()
         grader.submit(1, r"\boxed{x+1}", "1+x")
         print(grader.wait(30)[0][1].score, reward.score(r"\boxed{\arctan 1}", r"\pi/4"))
-        """)  # nothing is closed
+        """,
+    )  # nothing is closed
     out = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (out.stdout.split(), out.stderr, out.returncode) == (["top", "1.0", "1.0"], "", 0)
 
 
 def test_a_killed_parent_leaves_no_process(tmp_path, burning):
-    command = script(tmp_path, f"""
+    command = script(
+        tmp_path,
+        f"""
         import reward, time
         reward.Grader.program = {reward.Grader.program!r}
         grader = reward.Grader(workers=2, timeout_s=100)
@@ -214,7 +253,8 @@ def test_a_killed_parent_leaves_no_process(tmp_path, burning):
             grader.wait(0.1)
         print(*(w.process.pid for w in grader.workers), flush=True)
         time.sleep(100)
-        """)
+        """,
+    )
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     pids = [int(word) for word in process.stdout.readline().split()]
     assert len(alive(pids)) == 2
@@ -240,26 +280,44 @@ def test_a_lost_worker_is_replaced(burning):
         assert done[1].reason == "crash"
 
 
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the file itself imports
 
 
 def test_the_source_names_no_evaluator():
-    """A reward of one's own is imported by the name that stands on the command line; nothing else becomes code."""
-    nodes = [n for m in (reward, scoring) for n in ast.walk(ast.parse(Path(m.__file__).read_text(encoding="utf-8")))]
+    """
+    A reward of one's own is imported by the name that stands on the command line; nothing else
+    becomes code.
+    """
+    nodes = [
+        n
+        for m in (reward, scoring)
+        for n in ast.walk(ast.parse(Path(m.__file__).read_text(encoding="utf-8")))
+    ]
     used = {getattr(node, "id", getattr(node, "attr", None)) for node in nodes}
     imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
     imported = {alias.name for node in imports for alias in node.names}
-    assert not used & {"eval", "exec", "__import__", "sympify", "parse_expr", "parse_latex", "simplify", "lambdify"}
+    assert not used & {
+        "eval",
+        "exec",
+        "__import__",
+        "sympify",
+        "parse_expr",
+        "parse_latex",
+        "simplify",
+        "lambdify",
+    }
     assert not imported & {"pickle", "torch", "multiprocessing", "parse_expr", "parse_latex"}
     loader = next(n for n in nodes if isinstance(n, ast.FunctionDef) and n.name == "import_source")
     inside = {id(node) for node in ast.walk(loader)}
-    assert all(id(n) in inside for n in nodes if isinstance(n, ast.Attribute) and n.attr in ("import_module", "exec_module"))
+    assert all(
+        id(n) in inside
+        for n in nodes
+        if isinstance(n, ast.Attribute) and n.attr in ("import_module", "exec_module")
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rewards of one's own
 
 MINE = """
@@ -294,17 +352,31 @@ def mine(tmp_path):
 
 
 def test_a_function_of_ones_own_is_graded_within_the_same_bounds(mine):
-    """The gold answer is opaque, the whole response and the problem reach the function, and what fails is counted."""
+    """
+    The gold answer is opaque, the whole response and the problem reach the function, and what fails
+    is counted.
+    """
     gold = {"wrong": ["p1", ["nested"]], "long": 10}
-    expected = {"abc": (0.3, "scored"), "raise": (0.0, "crash"), "hang": (0.0, "timeout"), "memory": (0.0, "limit"),
-                "depth": (0.0, "limit"), "exit": (0.0, "crash"), "nan": (0.0, "crash"), "none": (0.0, "crash"),
-                "text": (0.25, "scored"), "pair": (0.75, "nearly")}
+    expected = {
+        "abc": (0.3, "scored"),
+        "raise": (0.0, "crash"),
+        "hang": (0.0, "timeout"),
+        "memory": (0.0, "limit"),
+        "depth": (0.0, "limit"),
+        "exit": (0.0, "crash"),
+        "nan": (0.0, "crash"),
+        "none": (0.0, "crash"),
+        "text": (0.25, "scored"),
+        "pair": (0.75, "nearly"),
+    }
     with reward.Grader(mine, workers=2, timeout_s=0.7, memory_gib=1.0) as grader:
         for response in expected:
             grader.submit(response, response, gold, "p0")
         grader.submit("wrong", "abc", gold, "p1")
         done = collect(grader)
-        assert {key: (v.score, v.reason) for key, v in done.items()} == expected | {"wrong": (-0.5, "scored")}
+        assert {key: (v.score, v.reason) for key, v in done.items()} == expected | {
+            "wrong": (-0.5, "scored")
+        }
         assert done["abc"].extracted is None and done["abc"].rule == "whole_response"
         counts = grader.counts
         assert (counts["graded"], counts["right"], counts["cached"]) == (11, 3, 0)
@@ -324,7 +396,10 @@ def test_a_function_is_asked_once_for_equal_arguments(mine, tmp_path):
 
 
 def test_long_responses_do_not_block(mine):
-    """A worker that still starts does not read: two megabytes at once would have waited for it in submit()."""
+    """
+    A worker that still starts does not read: two megabytes at once would have waited for it in
+    submit().
+    """
     gold = {"wrong": [], "long": 100_000}
     with reward.Grader(mine, workers=1) as grader:
         began = time.perf_counter()
@@ -336,13 +411,15 @@ def test_long_responses_do_not_block(mine):
 
 
 def test_a_process_that_a_function_started_ends_with_it(tmp_path):
-    (tmp_path / "child.py").write_text(textwrap.dedent("""
+    (tmp_path / "child.py").write_text(
+        textwrap.dedent("""
         import subprocess, time
         def f(response, gold, problem):
             child = subprocess.Popen(["sleep", "1000"])
             with open(gold, "w") as file: file.write(str(child.pid))
             time.sleep(1000)
-        """))
+        """)
+    )
     with reward.Grader(f"{tmp_path}/child.py:f", workers=1, timeout_s=0.7) as grader:
         grader.submit(0, "x", str(tmp_path / "pid"))
         assert collect(grader)[0].reason == "timeout"
@@ -353,8 +430,13 @@ def test_a_process_that_a_function_started_ends_with_it(tmp_path):
 
 
 def test_a_module_is_found_by_name_and_a_file_by_path(mine, tmp_path, monkeypatch):
-    """The workers find what the parent finds, also beside the file and on a path that only the parent knows."""
-    (tmp_path / "helper.py").write_text("def f(response, gold, problem):\n    return gold['long']\n")
+    """
+    The workers find what the parent finds, also beside the file and on a path that only the parent
+    knows.
+    """
+    (tmp_path / "helper.py").write_text(
+        "def f(response, gold, problem):\n    return gold['long']\n"
+    )
     (tmp_path / "outer.py").write_text("from helper import f\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     for spec in ("outer:f", f"{tmp_path}/outer.py:f"):
@@ -363,9 +445,16 @@ def test_a_module_is_found_by_name_and_a_file_by_path(mine, tmp_path, monkeypatc
             assert collect(grader)[0].score == 4
     monkeypatch.chdir(tmp_path)
     loaded = reward.load_reward("mine.py:f")
-    assert (loaded.binary, loaded.check({}), loaded.check({"a": 1})) == (False, "gold answer is empty", None)
+    assert (loaded.binary, loaded.check({}), loaded.check({"a": 1})) == (
+        False,
+        "gold answer is empty",
+        None,
+    )
     assert loaded.version == reward.load_reward(mine).version != reward.load_reward("math").version
-    assert reward.load_reward("outer:f").binary is None and reward.load_reward("outer:f").check(None) is None
+    assert (
+        reward.load_reward("outer:f").binary is None
+        and reward.load_reward("outer:f").check(None) is None
+    )
 
 
 def test_a_wrong_reward_is_one_line_before_any_process(mine, tmp_path, monkeypatch):
@@ -376,14 +465,22 @@ def test_a_wrong_reward_is_one_line_before_any_process(mine, tmp_path, monkeypat
     (tmp_path / "odd.py").write_text("BINARY = 'yes'\ndef f(response, gold, problem): return 1\n")
     file = mine.removesuffix(":f")
     for spec, message in [
-        ("maths", "wanted math, MODULE:FUNCTION or FILE.py:FUNCTION"), ("a:", "wanted math"), (":a", "wanted math"),
+        ("maths", "wanted math, MODULE:FUNCTION or FILE.py:FUNCTION"),
+        ("a:", "wanted math"),
+        (":a", "wanted math"),
         (f"{tmp_path}/absent.py:f", "no such file"),
         ("nothing_of_that_name:f", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
         (f"{tmp_path}/broken.py:f", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
-        (f"{tmp_path}/syntax.py:f", "SyntaxError"), (f"{tmp_path}/ends.py:f", "SystemExit: bye"),
-        (f"{file}:g", "has no function g"), (f"{file}:number", "has no function number"),
-        (f"{file}:lambda_f", "wanted lambda_f(response, gold, problem), found: too many positional arguments"),
-        (f"{tmp_path}/odd.py:f", "BINARY is 'yes', wanted True or False"), ("builtins:pow", "wanted pow(response"),
+        (f"{tmp_path}/syntax.py:f", "SyntaxError"),
+        (f"{tmp_path}/ends.py:f", "SystemExit: bye"),
+        (f"{file}:g", "has no function g"),
+        (f"{file}:number", "has no function number"),
+        (
+            f"{file}:lambda_f",
+            "wanted lambda_f(response, gold, problem), found: too many positional arguments",
+        ),
+        (f"{tmp_path}/odd.py:f", "BINARY is 'yes', wanted True or False"),
+        ("builtins:pow", "wanted pow(response"),
     ]:
         with pytest.raises(ValueError, match=r"^--reward ") as caught:
             reward.Grader(spec)
@@ -404,8 +501,17 @@ def test_the_shipped_reward():
     assert exact.exact("The capital is Lyon", "Paris", "") == 0 == exact.exact("", "Paris", "")
     assert exact.exact("so it is\n\n 42 \n", 42, "") == pytest.approx(1 - 0.0005 * 4)
     assert exact.exact("word " * 5000 + "\nParis", "Paris", "") == 0.5
-    assert [bool(exact.check(gold)) for gold in ("x", 4, " ", None, True, ["x"])] == [False, False, True, True, True, True]
-    with reward.Grader("tasks/exact.py:exact" if Path.cwd() == ROOT else f"{ROOT}/tasks/exact.py:exact", workers=1) as grader:
+    assert [bool(exact.check(gold)) for gold in ("x", 4, " ", None, True, ["x"])] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
+    with reward.Grader(
+        "tasks/exact.py:exact" if Path.cwd() == ROOT else f"{ROOT}/tasks/exact.py:exact", workers=1
+    ) as grader:
         grader.submit(0, "Answer: b", "b")
         assert collect(grader)[0].score == pytest.approx(1 - 0.0005 * 2)
 

@@ -659,8 +659,8 @@ class SlowGrader:
     def pending(self):
         return len(self.jobs)
 
-    def submit(self, key, response, gold, problem):
-        assert (response, gold, problem) == (key.tokens, "gold", "text")
+    def submit(self, key, response, gold, problem, opened):
+        assert (response, gold, problem, opened) == (key.tokens, "gold", "text", True)
         self.jobs.append([self.delay, key])
 
     def poll(self):
@@ -677,7 +677,7 @@ WORDS = SimpleNamespace(decode=lambda tokens, skip_special_tokens: tokens)
 
 
 def problem_of(prompt):
-    return SimpleNamespace(prompt=prompt, gold="gold", text="text")
+    return SimpleNamespace(prompt=prompt, gold="gold", text="text", opens_thought=True)
 
 
 @pytest.mark.parametrize("slots, delay", [(1, 0), (3, 2), (16, 50)])

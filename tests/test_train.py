@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -18,11 +17,11 @@ import socket
 import subprocess
 import sys
 import time
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import SERVER
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -47,17 +46,7 @@ def parse(argv):
 
 # --------------------------------------------------------------------------------------------- runs
 
-SERVER = multiprocessing.get_context("forkserver")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    """It gets its path from the environment: Python 3.11 to 3.13 do not hand on sys.path to what it
-    imports first."""
-    SERVER.set_forkserver_preload(["test_train"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        forkserver.ensure_running()
+pytestmark = pytest.mark.usefixtures("server")
 
 
 def one_rank(argv, environment, output, hook):

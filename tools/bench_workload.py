@@ -99,7 +99,7 @@ class SimulatedGrader:
     def pending(self) -> int:
         return len(self.graded)
 
-    def submit(self, rollout, response, gold, problem=""):
+    def submit(self, rollout, response, gold, problem="", opened=False):
         place = rollout.request.place
         rng = np.random.default_rng([self.seed, place, rollout.request.index])
         right = rng.random() < self.rate[place]

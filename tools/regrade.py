@@ -53,7 +53,8 @@ def read_saved(file: str, scorer: Reward) -> Saved:
 def regrade(records: list[dict], grader: Grader) -> list[dict]:
     """Saved records with the verdicts of the grader."""
     for row, record in enumerate(records):
-        grader.submit(row, record["response"], record["gold"], record.get("question", ""))
+        question, opened = record.get("question", ""), record.get("opened", False)
+        grader.submit(row, record["response"], record["gold"], question, opened)
     verdicts = {}
     while len(verdicts) < len(records):
         verdicts.update(grader.wait(1.0))

@@ -5,9 +5,9 @@ import re
 
 from verify.lexicon import fold
 from verify.parse import Parser
-from verify.sets import REALS, as_set
+from verify.sets import REALS
 from verify.shape import excluded, shape
-from verify.tokens import FONT, TEXT, WRAPPER, clean, tokenize
+from verify.tokens import FONT, TEXT, clean, tokenize
 from verify.tree import MAX_CHARS, Limit, Node, NotMath, num, sym
 
 SPACE = r"(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z]))*"
