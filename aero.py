@@ -52,28 +52,36 @@ class Group:
     def __post_init__(self):
         self.rewards = np.asarray(self.rewards, dtype=np.float64)
 
+
 # -------------------------------------------------------------------------------- shared arithmetic
+
 
 def is_flat(rewards) -> bool:
     """All equal, or none at all. By comparison: the deviation of equal numbers may be rounding."""
     return bool((rewards == rewards[:1]).all())
+
 
 def standardise(rewards) -> np.ndarray:
     """(r - mean) / std of the population; a flat group gets zeros, so no epsilon is needed."""
     flat = is_flat(rewards)
     return np.zeros(len(rewards)) if flat else (rewards - rewards.mean()) / rewards.std()
 
+
 def everything(group) -> np.ndarray:
     return np.arange(len(group.rewards))
+
 
 def sample(indices, m, rng) -> np.ndarray:
     """m of `indices`, uniformly, without replacement."""
     return rng.choice(indices, size=m, replace=False)
 
+
 # --------------------------------------------------------------------------------------------- AERO
+
 
 def aero_first(group, cfg) -> int:
     return cfg.n_explore
+
 
 def unsolved(group, cfg) -> bool:
     """In the rescue stratum, which Stage I alone decides, and no right rollout since."""
@@ -81,11 +89,13 @@ def unsolved(group, cfg) -> bool:
     rescued = group.rewards[cfg.n_explore :].any()
     return bool(explored.mean() <= cfg.u_res and not rescued)
 
+
 def aero_more(group, cfg) -> int:
     """Strategy 1. Under `pool` these rounds are a problem's own share; `deal` deals the rest."""
     if not cfg.rescue or not unsolved(group, cfg):
         return 0
     return max(0, min(cfg.n_extra, cfg.n_total - len(group.rewards)))
+
 
 def aero_keep(group, cfg, rng) -> np.ndarray:
     if is_flat(group.rewards):
@@ -98,6 +108,7 @@ def aero_keep(group, cfg, rng) -> np.ndarray:
         wrong = sample(wrong, min(cfg.k * len(right), len(wrong)), rng)
     return np.sort(np.concatenate([right, wrong]))
 
+
 def aero_advantage(group, kept, cfg) -> np.ndarray:
     rewards = group.rewards
     if not is_flat(rewards):
@@ -109,42 +120,54 @@ def aero_advantage(group, kept, cfg) -> np.ndarray:
         return np.full(len(kept), 2 * u - 1)
     return (rewards[kept] - u) / np.sqrt(u * (1 - u))
 
+
 def deal(waiting: int, spare: int, cfg) -> list[int]:
     """`--rescue_budget pool`: one round of spare rollouts for the problems still without success,
     in their order. With n_extra = 2, 3 waiting and 5 spare: [2, 2, 1]."""
     return [max(0, min(cfg.n_extra, spare - i * cfg.n_extra)) for i in range(waiting)]
 
+
 # ---------------------------------------------------------------------------------------- baselines
+
 
 def draw_total(group, cfg) -> int:
     return cfg.n_total
 
+
 def draw_once(group, cfg) -> int:
     return 0
 
+
 def keep_all(group, cfg, rng) -> np.ndarray:
     return everything(group)
+
 
 def keep_mixed(group, cfg, rng) -> np.ndarray:
     """Flat groups are neither trained nor counted."""
     return np.arange(0) if is_flat(group.rewards) else everything(group)
 
+
 def zscore_kept(group, kept, cfg) -> np.ndarray:
     return standardise(group.rewards[kept])
+
 
 def centred_on_drawn(group, kept, cfg) -> np.ndarray:
     return group.rewards[kept] - group.rewards.mean()
 
+
 def centred_on_median(group, kept, cfg) -> np.ndarray:
     return group.rewards[kept] - np.median(group.rewards)
+
 
 def signs(group, kept, cfg) -> np.ndarray:
     """No group statistics: the control for "any signal on flat groups" (2605.07689)."""
     return 2 * group.rewards[kept] - 1
 
+
 def over_mean(group, kept, cfg) -> np.ndarray:
     mean = group.rewards.mean()
     return (group.rewards[kept] - mean) / mean if mean else np.zeros(len(kept))
+
 
 def pods_keep(group, cfg, rng) -> np.ndarray:
     """The n_keep of largest variance: some highest, the others lowest (2504.13818, theorem 1)."""
@@ -160,12 +183,14 @@ def pods_keep(group, cfg, rng) -> np.ndarray:
     best = np.flatnonzero(np.array(variances) >= max(variances) * (1 - 1e-9))
     return np.sort(splits[rng.choice(best)])
 
+
 def ada_more(group, cfg) -> int:
     """Rounds until half of n_keep are right and half wrong, or n_total drawn (2510.04996)."""
     n, c = len(group.rewards), group.rewards.sum()
     if min(c, n - c) >= cfg.n_keep / 2:
         return 0
     return min(cfg.n_extra, cfg.n_total - n)
+
 
 def ada_keep(group, cfg, rng) -> np.ndarray:
     """n_keep rollouts, half right and half wrong; where one kind is short the other fills up."""
@@ -176,37 +201,46 @@ def ada_keep(group, cfg, rng) -> np.ndarray:
     c = max(min(len(right), m // 2), m - len(wrong))
     return np.sort(np.concatenate([sample(right, c, rng), sample(wrong, m - c, rng)]))
 
+
 def median_keep(group, cfg, rng) -> np.ndarray:
     """All but the one rollout that is the median of the odd group: its advantage is zero."""
     medians = np.flatnonzero(group.rewards == np.median(group.rewards))
     return np.delete(everything(group), rng.choice(medians))
 
+
 # ------------------------------------------ settings that contradict each other (bounds: config.py)
+
 
 def need(condition: bool, message: str):
     if not condition:
         raise ValueError(message)
 
+
 def no_check(cfg):
     """All settings go together."""
+
 
 def check_rounds(cfg):
     total = cfg.n_total
     need(cfg.n_explore <= total, f"--n_explore {cfg.n_explore} is larger than --n_total {total}")
+
 
 def check_aero(cfg):
     check_rounds(cfg)
     wanted = "wanted 0 <= u_res < 0.5 (above lies the stratum that keeps all)"
     need(0 <= cfg.u_res < 0.5, f"--u_res {cfg.u_res}: {wanted}")
 
+
 def check_total(cfg):
     wanted = f"{cfg.algo} wanted 2 or more, a group of one has no baseline"
     need(cfg.n_total >= 2, f"--n_total {cfg.n_total}: {wanted}")
+
 
 def check_pods(cfg):
     check_total(cfg)
     wanted = f"wanted 2 to --n_total {cfg.n_total}"
     need(2 <= cfg.n_keep <= cfg.n_total, f"--n_keep {cfg.n_keep}: {wanted}")
+
 
 def check_ada(cfg):
     check_rounds(cfg)
@@ -214,10 +248,12 @@ def check_ada(cfg):
     wanted = "wanted an even number, half right and half wrong"
     need(cfg.n_keep % 2 == 0, f"--n_keep {cfg.n_keep}: {wanted}")
 
+
 def check_median(cfg):
     check_total(cfg)
     wanted = "wanted an odd number, so that the median is a rollout"
     need(cfg.n_total % 2 == 1, f"--n_total {cfg.n_total}: {wanted}")
+
 
 class Algorithm(NamedTuple):
     first: Callable
@@ -225,11 +261,12 @@ class Algorithm(NamedTuple):
     keep: Callable
     advantage: Callable
     rewards: str  # which it has a meaning for, see ALLOWED; others are refused
-    defaults: dict = {}  # noqa: RUF012 (published settings that differ from Config)
+    defaults: dict = {}  # noqa: RUF012  published settings that differ from Config
     refill: bool = False  # flat groups are replaced by fresh problems
     check: Callable = no_check  # (cfg): raises ValueError for settings that contradict each other
     # (group, cfg) -> the problem's new memory, which its next group brings along; None: no memory.
     remember: Callable | None = None
+
 
 GRPO = Algorithm(draw_total, draw_once, keep_all, zscore_kept, "finite", check=check_total)
 ALGORITHMS = {
@@ -258,8 +295,10 @@ ALLOWED = {
     "0 or more": lambda rewards: np.isfinite(rewards) & (rewards >= 0),
 }
 
+
 class RewardError(ValueError):
     """Rewards that the algorithm has no meaning for."""
+
 
 def need_rewards(cfg, rewards) -> None:
     """Raises RewardError, one line, with the first reward that the algorithm does not take."""
@@ -269,9 +308,11 @@ def need_rewards(cfg, rewards) -> None:
     if len(bad):
         raise RewardError(f"--algo {cfg.algo}: wanted rewards that are {kind}, found {bad[0]:g}")
 
+
 class Chosen(NamedTuple):
     kept: np.ndarray  # (m,) indices of the rollouts to train on
     advantage: np.ndarray  # (m,)
+
 
 def choose(group: Group, cfg, rng) -> Chosen:
     """What to train on of one complete group. Raises RewardError."""
@@ -280,9 +321,11 @@ def choose(group: Group, cfg, rng) -> Chosen:
     kept = algorithm.keep(group, cfg, rng)
     return Chosen(kept, algorithm.advantage(group, kept, cfg))
 
+
 # ----------------------------------------------------------------------------------------- the loss
 
 LOSS_NORMS = ("prompt", "token", "constant")
+
 
 def token_weights(group_S, length_S, norm: str, max_new: int) -> np.ndarray:
     """
@@ -306,6 +349,7 @@ def token_weights(group_S, length_S, norm: str, max_new: int) -> np.ndarray:
     problems, problem_S, size = np.unique(group_S, return_inverse=True, return_counts=True)
     return 1 / (len(problems) * size[problem_S] * length_S)
 
+
 class MicroBatch(NamedTuple):
     """The trained tokens of a few rollouts, one after the other, each rollout whole."""
 
@@ -318,6 +362,7 @@ class MicroBatch(NamedTuple):
     rollout_R: torch.Tensor  # which rollout of this micro-batch a token belongs to, 0 to S - 1
     length_S: torch.Tensor  # tokens of each rollout
     reference_R: torch.Tensor | None = None  # log-probs under the starting model, if needed
+
 
 class Loss(NamedTuple):
     """
@@ -332,6 +377,7 @@ class Loss(NamedTuple):
     derivative: Callable | None = None
     needs_reference: bool = False  # the learner fills reference_R from a frozen starting model
 
+
 def clipped_loss(batch: MicroBatch, cfg) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped policy gradient (PPO, 1707.06347 eq. 7), and the share of tokens that it clips."""
     ratio_R = torch.exp(batch.logp_R - batch.behaviour_R)
@@ -343,8 +389,10 @@ def clipped_loss(batch: MicroBatch, cfg) -> tuple[torch.Tensor, dict[str, torch.
     ratio_mean = (ratio_R * batch.weight_R).sum()
     return loss, {"clip_frac": clip_frac, "ratio_mean": ratio_mean}
 
+
 def on_policy_derivative(batch: MicroBatch, cfg) -> torch.Tensor:
     """At a ratio of 1 the clip is idle, and the ratio is its own derivative."""
     return -batch.weight_R * batch.advantage_R
+
 
 LOSSES = {"clip": Loss(clipped_loss, derivative=on_policy_derivative)}

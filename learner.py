@@ -1,15 +1,12 @@
 """
-The learner: fp32 master weights sharded by FSDP2, packed micro-batches of equal cost, one exact
-gradient.
+The learner: fp32 master weights sharded by FSDP2, packed micro-batches of equal cost.
 
-    shard, make_learner    fully_shard over a mesh of one dimension, or of two: sharded in a node,
-                           replicated across nodes
+    shard, make_learner    fully_shard over a mesh: all ranks, or nodes that are replicas
     pack_micro_batches     which rollouts each rank trains on together
     update                 one batch of rollouts, one or more optimizer steps
 
-Nothing here depends on how the work is cut: losses are sums with global denominators, gradients
-are summed over ranks, and micro-batches and ranks without anything to train on take part with
-weight zero.
+No gradient depends on how the work is cut: losses are sums with global denominators, gradients
+are summed over ranks, and a rank without anything to train on takes part with weight zero.
 
 Shapes: T packed tokens, S rollouts of a micro-batch, R trained response tokens.
 """
@@ -38,26 +35,30 @@ class Trained(NamedTuple):
     logps: list[float]  # as the sampler recorded them
     advantage: float
 
+
 class Learner(NamedTuple):
     model: Model
     optimizer: torch.optim.Optimizer
     reference: Model | None = None  # the starting model, frozen, if the loss needs it
 
+
 # ------------------------------------------------------------------------------------------ weights
+
 
 def node_size(world: int) -> int:
     """Ranks of this node, as torchrun says; without it, all of them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
+
 def shards(cfg, world: int, node: int) -> int:
     """Over how many ranks one copy of the weights is spread."""
     return node if cfg.shard == "node" else world
 
+
 def shard(model: Model, cfg, device) -> None:
-    """FSDP2: each block, then the root with embedding, last norm and head. Reductions in fp32; bf16
-    compute on CUDA. Gradients are summed over ranks, not averaged: the loss carries global
-    denominators already. torchrun numbers the ranks of a node one after the other, so a row of
-    the mesh is a node."""
+    """FSDP2: each block, then the root with embedding, last norm and head. Reductions in fp32, bf16
+    compute on CUDA. Gradients are summed over ranks, not averaged: the loss has the denominators.
+    torchrun numbers the ranks of a node one after the other, so a row of the mesh is a node."""
     world = dist.get_world_size()
     size = shards(cfg, world, node_size(world))
     if size == world:
@@ -75,8 +76,8 @@ def shard(model: Model, cfg, device) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            # Gloo and NCCL alike: no pre-multiplied sum.
-            module.set_force_sum_reduction_for_comms(True)
+            module.set_force_sum_reduction_for_comms(True)  # on NCCL too no pre-multiplied sum
+
 
 def make_model(model_cfg, cfg, device, read, dtype) -> Model:
     """The sharded model in `dtype`. read(model on the meta device) yields (name, whole tensor): no
@@ -103,6 +104,7 @@ def make_model(model_cfg, cfg, device, read, dtype) -> Model:
     assert not missing, f"no weights were read for {', '.join(missing)}"
     return model
 
+
 def make_learner(model_cfg, cfg, device, read) -> Learner:
     """fp32 master weights and their optimizer. For a loss that needs it also the same weights once
     more, frozen: sharded alike, in the precision of the forward pass, without optimizer."""
@@ -112,6 +114,7 @@ def make_learner(model_cfg, cfg, device, read) -> Learner:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         reference = make_model(model_cfg, cfg, device, read, dtype).requires_grad_(False)
     return Learner(model, make_optimizer(model, cfg), reference)
+
 
 def make_optimizer(model, cfg) -> torch.optim.AdamW:
     """AdamW with its moments, made here and not in the first step, so that a checkpoint has the
@@ -129,12 +132,15 @@ def make_optimizer(model, cfg) -> torch.optim.AdamW:
         }
     return optimizer
 
+
 def full_weights(model, dtype=torch.float32):
     """(name, whole tensor), one at a time, rounded before it travels: a collective."""
     for name, p in model.named_parameters():
         yield name, p.detach().to(dtype).full_tensor()
 
+
 # ------------------------------------------------------------------------------------ micro-batches
+
 
 def cost(model_cfg, prompt: int, response: int) -> float:
     """Time of one sequence, in FLOPs of matrix products: attention runs at a quarter of their rate
@@ -142,6 +148,7 @@ def cost(model_cfg, prompt: int, response: int) -> float:
     that is 7617 tokens + 1356 response + tokens^2, in a unit of its own."""
     n = prompt + response
     return forward_flops(model_cfg, n, 4 * n * (n + 1) / 2, predicted=response)
+
 
 def pack_micro_batches(costs, lengths, world: int, cap: int) -> list[list[list[int]]]:
     """Micro-batches for each rank: lists of indices, as many on every rank, at most `cap` tokens in
@@ -162,6 +169,7 @@ def pack_micro_batches(costs, lengths, world: int, cap: int) -> list[list[list[i
         row.reverse()
     return [list(rank) for rank in zip(*rows)]
 
+
 def fill_bins(costs, lengths, count: int, cap: int) -> list[list[int]] | None:
     """`count` bins of indices, the dearest bin first; None if there is no room for one of them."""
     bins = [[] for _ in range(count)]
@@ -176,12 +184,14 @@ def fill_bins(costs, lengths, count: int, cap: int) -> list[list[int]] | None:
         filled[cheapest] += lengths[i]
     return [bins[b] for b in sorted(range(count), key=lambda b: -spent[b])]
 
+
 def share_of_rank(batch: list[Trained], model_cfg, cfg) -> list[list[int]]:
     """Indices of the rollouts in each micro-batch of this rank."""
     sizes = [len(x.prompt) + len(x.tokens) for x in batch]
     costs = [cost(model_cfg, len(x.prompt), len(x.tokens)) for x in batch]
-    ranks = pack_micro_batches(costs, sizes, dist.get_world_size(), cfg.micro_tokens)
-    return ranks[dist.get_rank()]
+    world, rank = dist.get_world_size(), dist.get_rank()
+    return pack_micro_batches(costs, sizes, world, cfg.micro_tokens)[rank]
+
 
 def inputs_of(indices, batch, weights, device) -> tuple[Packed, MicroBatch]:
     """A rank without anything to train on takes the shortest rollout, with weight zero."""
@@ -189,6 +199,7 @@ def inputs_of(indices, batch, weights, device) -> tuple[Packed, MicroBatch]:
         shortest = min(batch, key=lambda x: len(x.prompt) + len(x.tokens))
         return micro_batch([shortest], [0.0], device)
     return micro_batch([batch[i] for i in indices], weights[indices], device)
+
 
 def micro_batch(rollouts: list[Trained], weight_S, device) -> tuple[Packed, MicroBatch]:
     """Input of the forward pass and of the loss. A rollout of tokens r0 r1 with weight w and
@@ -200,10 +211,9 @@ def micro_batch(rollouts: list[Trained], weight_S, device) -> tuple[Packed, Micr
 
     def tensor(values, dtype=np.float32):
         x = torch.as_tensor(np.asarray(values, dtype))
-        if torch.device(device).type != "cuda":
-            return x
-        # From pinned memory, or the copy would wait for the micro-batch before.
-        return x.pin_memory().to(device, non_blocking=True)
+        if torch.device(device).type == "cuda":  # pinned, or the copy waits for the batch before
+            x = x.pin_memory()
+        return x.to(device, non_blocking=True)
 
     batch = MicroBatch(
         logp_R=None, entropy_R=None, behaviour_R=None,  # known after the forward pass
@@ -215,7 +225,9 @@ def micro_batch(rollouts: list[Trained], weight_S, device) -> tuple[Packed, Micr
     )
     return pack([x.prompt for x in rollouts], [x.tokens for x in rollouts], device), batch
 
+
 # --------------------------------------------------------------------------------------- the update
+
 
 def update(learner: Learner, batch: list[Trained], lr: float, cfg) -> dict[str, float]:
     """One batch, cfg.updates_per_batch optimizer steps. `batch` is the whole step's, the same on
@@ -265,6 +277,7 @@ def update(learner: Learner, batch: list[Trained], lr: float, cfg) -> dict[str, 
         "optim/skipped": len(norms) - len(finite),
     }
 
+
 def gather_and_reduce(model, cfg, last: bool):
     """Weights are gathered once in an optimizer step; gradients are summed where they are, and
     over ranks with the last micro-batch. With --reshard, both in every micro-batch."""
@@ -273,9 +286,9 @@ def gather_and_reduce(model, cfg, last: bool):
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
 
+
 def forward_backward(learner, packed: Packed, batch: MicroBatch, cfg):
-    """Adds one micro-batch's gradient to the model's. Returns (the micro-batch with what the
-    forward pass found out, {metric: sum over its tokens})."""
+    """Adds one micro-batch's gradient. Returns (its scored tokens, {metric: sum over them})."""
     loss = aero.LOSSES[cfg.loss]
     ids_T, cu, max_len, rows_R, targets_R = packed
     inputs = (ids_T, cu, max_len, targets_R, rows_R, cfg.temperature)
@@ -298,6 +311,7 @@ def forward_backward(learner, packed: Packed, batch: MicroBatch, cfg):
     sums |= {f"loss/{name}": total for name, total in metrics.items()}
     return batch._replace(logp_R=batch.logp_R.detach()), sums
 
+
 def set_behaviour(batch: MicroBatch, cfg) -> MicroBatch:
     """What the policy ratio is taken against in all updates. With one update that is the policy
     itself, and no second forward pass is made; with several, the sampler. With --is_cap the clip
@@ -309,6 +323,7 @@ def set_behaviour(batch: MicroBatch, cfg) -> MicroBatch:
     on_policy = cfg.updates_per_batch == 1 or cfg.is_cap
     return batch._replace(behaviour_R=policy_R if on_policy else batch.sampled_R)
 
+
 def sampler_against_learner(batch: MicroBatch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Sums over trained tokens: entropy, and the divergence of the sampler's policy from the
     learner's, by its estimator r - 1 - log r; and the largest gap of a log-prob."""
@@ -318,17 +333,18 @@ def sampler_against_learner(batch: MicroBatch) -> tuple[dict[str, torch.Tensor],
     entropy = (trained_R * batch.entropy_R).sum()
     return {"kl": kl, "entropy": entropy}, gap_R.abs().max()
 
+
 def optimizer_step(model, optimizer, cfg) -> torch.Tensor:
     """Clips the gradient, steps, and returns the norm before clipping, on the device. A gradient
     that is not finite is no step, on all ranks together, since they see the same norm."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip).full_tensor()
-    # Queued before anybody has seen the norm, so that the device does not wait: told 1 by the
-    # attribute that torch's GradScaler sets, AdamW's fused kernel leaves weights, moments and its
-    # count of steps as they are.
+    # Queued before anybody has seen the norm. Where GradScaler's attribute is 1, the fused kernel
+    # leaves weights, moments and its count of steps as they are.
     optimizer.found_inf = 1.0 - norm.isfinite().float()
     optimizer.step()
     optimizer.found_inf = None
     return norm
+
 
 def over_ranks(sums: dict[str, torch.Tensor]) -> dict[str, float]:
     """Summed over ranks by name. All ranks run the same loss, so they have the same names."""

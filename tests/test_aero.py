@@ -1,19 +1,30 @@
 """
-aero.py by properties: every outcome pattern of a group, the rounds, the draws, the loss, the cost, memory.
+aero.py by properties: every outcome pattern of a group, the rounds, the draws, the loss, the cost,
+memory.
 What carries decisions out (a fake sampler and grader, a tiny model) stands in test_rounds.py.
 
-`formulas` states what every algorithm keeps and with which advantage, in plain arithmetic on counts and independently of
-aero.py. The published mistakes of other implementations (specification, section 4), and what keeps them out:
+`formulas` states what every algorithm keeps and with which advantage, in plain arithmetic on
+counts and independently of
+aero.py. The published mistakes of other implementations (specification, section 4), and what keeps
+them out:
 
- 1 gradient depends on micro-batches   test_loss_of_parts_is_loss_of_whole; through the model, and on the number of ranks:
-                                       test_learner.py, test_micro_batches_do_not_matter, test_ranks_do_not_matter
- 2 EOS never trained                   no mask is built from ids: test_learner.py, test_masks_come_from_lengths and others
- 3 temperature on one side             cannot occur: one Config.temperature reaches Sampling and the forward pass, and Sampling
-                                       takes nothing from a model folder; test_rollout.py compares recorded and recomputed logps
+ 1 gradient depends on micro-batches   test_loss_of_parts_is_loss_of_whole; through the model, and
+                                       on the number of ranks:
+                                       test_learner.py, test_micro_batches_do_not_matter,
+                                       test_ranks_do_not_matter
+ 2 EOS never trained                   no mask is built from ids: test_learner.py,
+                                       test_masks_come_from_lengths and others
+ 3 temperature on one side             cannot occur: one Config.temperature reaches Sampling and
+                                       the forward pass, and Sampling
+                                       takes nothing from a model folder; test_rollout.py compares
+                                       recorded and recomputed logps
  4 truncated rollouts                  test_rounds.py, test_truncated_is_wrong_and_trained
- 5 groups of unequal size              test_token_weights_of_unequal_groups, test_every_pattern: groups are index arrays
- 6 a group of one                      test_every_pattern begins at n = 1, test_settings_that_contradict_each_other
- 7 loops without a cap                 test_rounds.py, test_refill_stops_at_its_cap, test_rescue_budgets; test_rounds_of_every_pattern
+ 5 groups of unequal size              test_token_weights_of_unequal_groups, test_every_pattern:
+                                       groups are index arrays
+ 6 a group of one                      test_every_pattern begins at n = 1,
+                                       test_settings_that_contradict_each_other
+ 7 loops without a cap                 test_rounds.py, test_refill_stops_at_its_cap,
+                                       test_rescue_budgets; test_rounds_of_every_pattern
  8 a rank with nothing to train on     test_learner.py, test_rank_with_nothing_takes_part
 """
 
@@ -51,17 +62,22 @@ def rewards(right, wrong):
     return np.repeat([1.0, 0.0], [right, wrong])
 
 
-# --------------------------------------------------------------------------------------------- every outcome of a group
+# ---------------------------------------------------------------------------------------------
+# every outcome of a group
 
 
 def formulas(s, n, c):
-    """{(right, wrong) kept: (advantage of a right one, of a wrong one)} for c right of n. With several keys, any may come."""
+    """{(right, wrong) kept: (advantage of a right one, of a wrong one)} for c right of n. With
+    several keys, any may come."""
     w = n - c
     flat = c in (0, n)
 
     def zscore(
-        right, wrong
-    ):  # a right one is above the mean wrong/(right+wrong), in units of sqrt(right wrong)/(right+wrong)
+        right,
+        wrong,
+        # A right one is above the mean by wrong / (right + wrong),
+        # in units of sqrt(right wrong) / (right + wrong).
+    ):
         return (
             (0, 0) if right * wrong == 0 else (math.sqrt(wrong / right), -math.sqrt(right / wrong))
         )
@@ -108,7 +124,8 @@ SUM_IS_ZERO = ("grpo", "grpo_skip", "dapo", "drgrpo", "pods", "maxrl")
 
 
 def check_patterns(s, n, seed=0):
-    """All 2^n patterns of n rollouts through aero.choose, against `formulas`. Returns how many that were."""
+    """All 2^n patterns of n rollouts through aero.choose, against `formulas`. Returns how many
+    that were."""
     patterns = (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(np.float64)  # (2^n, n)
     patterns.flags.writeable = False
     before, rng = copy.copy(s), np.random.default_rng(seed)
@@ -158,22 +175,41 @@ def check_patterns(s, n, seed=0):
 )
 def test_every_pattern(algo):
     """
-    All 131,070 patterns of 1 to 16 rollouts (mc_grpo: 43,690 of odd sizes): 1,092,250 in all; dapo shares grpo_skip's hooks.
-    What is kept, in numbers of right and wrong, and each advantage depend on (n, c) alone: that is permutation invariance
-    over every permutation of every group; test_draws_are_uniform adds that all rollouts of a kind have equal chances.
+    All 131,070 patterns of 1 to 16 rollouts (mc_grpo: 43,690 of odd sizes): 1,092,250 in all; dapo
+    shares grpo_skip's hooks.
+    What is kept, in numbers of right and wrong, and each advantage depend on (n, c) alone: that is
+    permutation invariance
+    over every permutation of every group; test_draws_are_uniform adds that all rollouts of a kind
+    have equal chances.
     """
     s = settings(algo, n_keep=4)
     sizes = range(1, 17, 2 if algo == "mc_grpo" else 1)
     assert sum(check_patterns(s, n) for n in sizes) == (43690 if algo == "mc_grpo" else 131070)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(k=2), dict(k=3), dict(k=100), dict(n_same=1), dict(n_same=20), dict(prior_a=2.0, prior_b=0.5),
-    dict(posterior_advantage="signed"), dict(rejection=False), dict(posterior=False), dict(u_res=0.2),
-    dict(rescue=False), dict(rescue=False, posterior=False, rejection=False),
-    dict(algo="pods", n_keep=5), dict(algo="pods", n_keep=20), dict(algo="reinforce_ada", n_keep=6),
-    dict(algo="reinforce_ada", n_keep=20), dict(algo="dapo"),
-], ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()))  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(k=2),
+        dict(k=3),
+        dict(k=100),
+        dict(n_same=1),
+        dict(n_same=20),
+        dict(prior_a=2.0, prior_b=0.5),
+        dict(posterior_advantage="signed"),
+        dict(rejection=False),
+        dict(posterior=False),
+        dict(u_res=0.2),
+        dict(rescue=False),
+        dict(rescue=False, posterior=False, rejection=False),
+        dict(algo="pods", n_keep=5),
+        dict(algo="pods", n_keep=20),
+        dict(algo="reinforce_ada", n_keep=6),
+        dict(algo="reinforce_ada", n_keep=20),
+        dict(algo="dapo"),
+    ],
+    ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()),
+)
 def test_every_pattern_under_other_settings(changes):
     """All 1,022 patterns of 1 to 9 rollouts for each of these settings."""
     assert sum(check_patterns(settings(**changes), n) for n in range(1, 10)) == 1022
@@ -203,7 +239,8 @@ def test_figures_of_the_specification():
 
 
 def test_mean_advantage_is_largest_for_balanced_groups():
-    """2 sqrt(c m) / (c + m): 1 for m = c and only there. Rejection with k = 1 reaches it for every 0 < u < 1/2."""
+    """2 sqrt(c m) / (c + m): 1 for m = c and only there. Rejection with k = 1 reaches it for every
+    0 < u < 1/2."""
     rng = np.random.default_rng(0)
     for c, m in itertools.product(range(1, 17), repeat=2):
         mean = np.abs(choose(rewards(c, m), settings("grpo"), rng).advantage).mean()
@@ -215,11 +252,12 @@ def test_mean_advantage_is_largest_for_balanced_groups():
             )
 
 
-# ----------------------------------------------------------------------------------------------------------- rounds
+# ------------------------------------------------------------------------------------------- rounds
 
 
 def sizes_drawn(outcomes, s):
-    """How many rollouts `first` and `more` have drawn after each round, if the problem's rollouts come out like this."""
+    """How many rollouts `first` and `more` have drawn after each round, if the problem's rollouts
+    come out like this."""
     algo = aero.ALGORITHMS[s.algo]
     drawn = [algo.first(group([]), s)]
     while n := algo.more(group(outcomes[: drawn[-1]]), s):
@@ -227,12 +265,23 @@ def sizes_drawn(outcomes, s):
     return drawn
 
 
-@pytest.mark.parametrize("changes", [
-    dict(), dict(n_extra=3), dict(u_res=0.25), dict(rescue=False), dict(n_explore=16), dict(n_explore=1, n_extra=5),
-    dict(algo="reinforce_ada", n_explore=4, n_extra=4, n_total=16), dict(algo="grpo"),
-], ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()) or "default")  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(n_extra=3),
+        dict(u_res=0.25),
+        dict(rescue=False),
+        dict(n_explore=16),
+        dict(n_explore=1, n_extra=5),
+        dict(algo="reinforce_ada", n_explore=4, n_extra=4, n_total=16),
+        dict(algo="grpo"),
+    ],
+    ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items()) or "default",
+)
 def test_rounds_of_every_pattern(changes):
-    """Every one of the 65,536 outcomes of 16 rollouts (every 8th for other settings than aero's), against a plain loop."""
+    """Every one of the 65,536 outcomes of 16 rollouts (every 8th for other settings than aero's),
+    against a plain loop."""
     s = settings(**changes)
     for number in range(0, 2**16, 8 if changes else 1):
         bits = [number >> i & 1 for i in range(15, -1, -1)]
@@ -258,7 +307,8 @@ def test_rounds_of_every_pattern(changes):
 
 
 def test_published_reinforce_ada():
-    """Rounds of 8, at most 4 of them; stops at 2 right and 2 wrong, keeps 2 and 2; where one side is short, the other fills."""
+    """Rounds of 8, at most 4 of them; stops at 2 right and 2 wrong, keeps 2 and 2; where one side
+    is short, the other fills."""
     s, rng = settings("reinforce_ada"), np.random.default_rng(0)
     assert (s.n_explore, s.n_extra, s.n_total, s.n_keep) == (8, 8, 32, 4)
     for c, drawn in (
@@ -283,19 +333,23 @@ def test_published_reinforce_ada():
         assert chosen.advantage == pytest.approx([(i < c) - c / (c + w) for i in chosen.kept])
 
 
-@pytest.mark.parametrize("changes, right, wrong, sets", [
-    (dict(), 2, 8, 28),                                     # rejection: 2 of 8 wrong ones
-    (dict(k=2), 2, 7, 35),                                  # 4 of 7
-    (dict(n_same=3), 8, 0, 56),
-    (dict(n_same=4), 0, 7, 35),
-    (dict(algo="pods", n_keep=4), 3, 5, 3 * 10),            # ties inside both kinds
-    (dict(algo="pods", n_keep=3), 3, 3, 2 * 9),             # a tie between 1 + 2 and 2 + 1 as well
-    (dict(algo="reinforce_ada", n_keep=4), 3, 5, 3 * 10),
-    (dict(algo="reinforce_ada", n_keep=4), 1, 7, 35),
-    (dict(algo="mc_grpo"), 3, 6, 6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, right, wrong, sets",
+    [
+        (dict(), 2, 8, 28),  # rejection: 2 of 8 wrong ones
+        (dict(k=2), 2, 7, 35),  # 4 of 7
+        (dict(n_same=3), 8, 0, 56),
+        (dict(n_same=4), 0, 7, 35),
+        (dict(algo="pods", n_keep=4), 3, 5, 3 * 10),  # ties inside both kinds
+        (dict(algo="pods", n_keep=3), 3, 3, 2 * 9),  # a tie between 1 + 2 and 2 + 1 as well
+        (dict(algo="reinforce_ada", n_keep=4), 3, 5, 3 * 10),
+        (dict(algo="reinforce_ada", n_keep=4), 1, 7, 35),
+        (dict(algo="mc_grpo"), 3, 6, 6),
+    ],
+)
 def test_draws_are_uniform(changes, right, wrong, sets):
-    """Chi-square over the kept sets, whole sets and not only single indices; the group is in shuffled order."""
+    """Chi-square over the kept sets, whole sets and not only single indices; the group is in
+    shuffled order."""
     s, rng, n = settings(**changes), np.random.default_rng(11), 100 * sets
     r = np.random.default_rng(5).permutation(rewards(right, wrong))
     counts = collections.Counter(tuple(choose(r, s, rng).kept) for _ in range(n))
@@ -306,14 +360,15 @@ def test_draws_are_uniform(changes, right, wrong, sets):
     assert collections.Counter(tuple(choose(r, s, again).kept) for _ in range(n)) == counts
 
 
-# ---------------------------------------------------------------------------------------------------- other rewards
+# ------------------------------------------------------------------------------------ other rewards
 
 REAL = ("grpo", "grpo_skip", "drgrpo", "dapo", "pods", "mc_grpo", "maxrl")
 
 
 @pytest.mark.parametrize("algo", REAL)
 def test_rewards_that_are_not_binary(algo):
-    """Distinct real rewards: a permutation of the group permutes what is kept; advantages against their definition."""
+    """Distinct real rewards: a permutation of the group permutes what is kept; advantages against
+    their definition."""
     s, rng = settings(algo, n_keep=4), np.random.default_rng(0)
     for n in (3, 5, 9):
         r = np.random.default_rng(n).random(n)
@@ -344,7 +399,8 @@ def test_rewards_that_are_not_binary(algo):
 
 @pytest.mark.parametrize("algo", REAL)
 def test_equal_rewards_are_flat_whatever_their_value(algo):
-    """0.1 + 0.1 + 0.1 is not 3 x 0.1: the std of equal rewards is rounding error, and must not become an advantage."""
+    """0.1 + 0.1 + 0.1 is not 3 x 0.1: the std of equal rewards is rounding error, and must not
+    become an advantage."""
     for value in (0.1, 1 / 3, 0.7):
         for n in (1, 3, 7, 9):
             chosen = choose(np.full(n, value), settings(algo, n_keep=4), np.random.default_rng(0))
@@ -353,10 +409,16 @@ def test_equal_rewards_are_flat_whatever_their_value(algo):
                 assert len(chosen.kept) == 0
 
 
-@pytest.mark.parametrize("algo, value", [
-    *itertools.product(["aero", "reinforce_ada", "sign"], [0.5, -1.0, math.nan]), ("maxrl", -1.0), ("maxrl", math.nan),
-    ("grpo", math.inf), ("pods", math.nan),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "algo, value",
+    [
+        *itertools.product(["aero", "reinforce_ada", "sign"], [0.5, -1.0, math.nan]),
+        ("maxrl", -1.0),
+        ("maxrl", math.nan),
+        ("grpo", math.inf),
+        ("pods", math.nan),
+    ],
+)
 def test_rewards_are_refused_by_name(algo, value):
     with pytest.raises(
         ValueError, match=f"--algo {algo}: wanted rewards that are .*, found {value:g}"
@@ -374,7 +436,8 @@ def test_results_do_not_alias_the_rewards():
 
 def test_posterior_as_a_reward_would_teach_nothing():
     """
-    A re-implementation wrote the posterior mean back as the group's reward and standardised afterwards: equal numbers, so
+    A re-implementation wrote the posterior mean back as the group's reward and standardised
+    afterwards: equal numbers, so
     zero. Here the advantage of a flat group is final.
     """
     r, s = rewards(0, 8), settings()
@@ -383,29 +446,46 @@ def test_posterior_as_a_reward_would_teach_nothing():
     assert np.all(choose(r, s, np.random.default_rng(0)).advantage < 0)
 
 
-# --------------------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(algo="ppo"), "--algo ppo: wanted one of aero grpo"),
-    (dict(rescue_budget="half"), "--rescue_budget half: wanted one of prompt pool"),
-    (dict(posterior_advantage="z"), "--posterior_advantage z: wanted one of zscore signed"),
-    (dict(loss_norm="mean"), "--loss_norm mean: wanted one of prompt token constant"),
-    *((({name: 0}), f"--{name} 0: wanted 1 or more")
-      for name in ("n_explore", "n_extra", "n_total", "n_keep", "n_same", "k", "n_reference")),
-    (dict(prior_a=0.0), "--prior_a 0.0"), (dict(prior_b=-1.0), "--prior_b -1.0"),
-    (dict(u_res=0.5), "--u_res 0.5"), (dict(u_res=-0.1), "--u_res -0.1"), (dict(u_res=math.nan), "--u_res nan"),
-    (dict(refill_cap=-1), "--refill_cap -1"), (dict(clip_low=1.0), "--clip_low 1.0"), (dict(clip_high=0.0), "--clip_high 0.0"),
-    (dict(n_explore=17), "--n_explore 17 is larger than --n_total 16"),
-    (dict(algo="reinforce_ada", n_explore=33), "--n_explore 33 is larger than --n_total 32"),
-    (dict(algo="pods", n_keep=65), "--n_keep 65: wanted 2 to --n_total 64"),
-    (dict(algo="pods", n_keep=1), "--n_keep 1: wanted 2 to --n_total 64"),
-    (dict(algo="reinforce_ada", n_keep=34), "--n_keep 34: wanted 2 to --n_total 32"),
-    (dict(algo="reinforce_ada", n_keep=5), "--n_keep 5: wanted an even number"),
-    (dict(algo="mc_grpo", n_total=8), "--n_total 8: wanted an odd number"),
-    *((dict(algo=algo, n_total=1, n_explore=1), "--n_total 1: .* a group of one has no baseline")
-      for algo in aero.ALGORITHMS if algo not in ("aero", "sign")),
-], ids=lambda x: ",".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(algo="ppo"), "--algo ppo: wanted one of aero grpo"),
+        (dict(rescue_budget="half"), "--rescue_budget half: wanted one of prompt pool"),
+        (dict(posterior_advantage="z"), "--posterior_advantage z: wanted one of zscore signed"),
+        (dict(loss_norm="mean"), "--loss_norm mean: wanted one of prompt token constant"),
+        *(
+            (({name: 0}), f"--{name} 0: wanted 1 or more")
+            for name in ("n_explore", "n_extra", "n_total", "n_keep", "n_same", "k", "n_reference")
+        ),
+        (dict(prior_a=0.0), "--prior_a 0.0"),
+        (dict(prior_b=-1.0), "--prior_b -1.0"),
+        (dict(u_res=0.5), "--u_res 0.5"),
+        (dict(u_res=-0.1), "--u_res -0.1"),
+        (dict(u_res=math.nan), "--u_res nan"),
+        (dict(refill_cap=-1), "--refill_cap -1"),
+        (dict(clip_low=1.0), "--clip_low 1.0"),
+        (dict(clip_high=0.0), "--clip_high 0.0"),
+        (dict(n_explore=17), "--n_explore 17 is larger than --n_total 16"),
+        (dict(algo="reinforce_ada", n_explore=33), "--n_explore 33 is larger than --n_total 32"),
+        (dict(algo="pods", n_keep=65), "--n_keep 65: wanted 2 to --n_total 64"),
+        (dict(algo="pods", n_keep=1), "--n_keep 1: wanted 2 to --n_total 64"),
+        (dict(algo="reinforce_ada", n_keep=34), "--n_keep 34: wanted 2 to --n_total 32"),
+        (dict(algo="reinforce_ada", n_keep=5), "--n_keep 5: wanted an even number"),
+        (dict(algo="mc_grpo", n_total=8), "--n_total 8: wanted an odd number"),
+        *(
+            (
+                dict(algo=algo, n_total=1, n_explore=1),
+                "--n_total 1: .* a group of one has no baseline",
+            )
+            for algo in aero.ALGORITHMS
+            if algo not in ("aero", "sign")
+        ),
+    ],
+    ids=lambda x: ",".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
+)
 def test_settings_that_contradict_each_other(changes, words):
     with pytest.raises(ValueError, match=words) as error:
         settings(**changes) if changes.get("algo") != "ppo" else check_fields(Config(**changes))
@@ -453,7 +533,7 @@ def test_deal():
         )
 
 
-# --------------------------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------------------- the loss
 
 
 def test_token_weights_of_unequal_groups():
@@ -475,7 +555,8 @@ def test_token_weights_of_unequal_groups():
 
 
 def test_pruning_changes_a_problem_s_share_of_the_gradient():
-    """Equal lengths, one problem of many with 1 right and 7 wrong, pruned to 1 + 1: 0.38 under `token`, 1.51 under `prompt`."""
+    """Equal lengths, one problem of many with 1 right and 7 wrong, pruned to 1 + 1: 0.38 under
+    `token`, 1.51 under `prompt`."""
     others, length = 999, 8
 
     def share(pruned, norm):
@@ -499,13 +580,20 @@ def tokens(logp_R, behaviour_R, advantage_R, weight_R):
     """One rollout of a micro-batch."""
     R = len(logp_R)
     return aero.MicroBatch(
-        logp_R, None, behaviour_R, behaviour_R, advantage_R, weight_R,
-        torch.zeros(R, dtype=torch.long), torch.tensor([R]),
-    )  # fmt: skip
+        logp_R,
+        None,
+        behaviour_R,
+        behaviour_R,
+        advantage_R,
+        weight_R,
+        torch.zeros(R, dtype=torch.long),
+        torch.tensor([R]),
+    )
 
 
 def test_policy_loss_by_hand():
-    """Six tokens: ratio 1, above and below the clip, for either sign. Gradients are zero just where the clip holds."""
+    """Six tokens: ratio 1, above and below the clip, for either sign. Gradients are zero just
+    where the clip holds."""
     ratio = torch.tensor([1.0, 1.5, 0.5, 1.0, 1.5, 0.5], dtype=torch.float64)
     adv = torch.tensor([2.0, 2.0, 2.0, -1.0, -1.0, -1.0], dtype=torch.float64)
     weight = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], dtype=torch.float64)
@@ -524,7 +612,8 @@ def test_policy_loss_by_hand():
 
 
 def test_loss_of_parts_is_loss_of_whole():
-    """Weights are counted once, so any cut of the batch into micro-batches or ranks has the same gradient in sum."""
+    """Weights are counted once, so any cut of the batch into micro-batches or ranks has the same
+    gradient in sum."""
     generator = torch.Generator().manual_seed(0)
     group, length = [0, 0, 1, 2, 2, 2], [3, 5, 2, 7, 1, 4]
     weight = torch.tensor(aero.token_weights(group, length, "prompt", 9)).repeat_interleave(
@@ -541,16 +630,21 @@ def test_loss_of_parts_is_loss_of_whole():
     assert all(torch.equal(g, gradients[0]) for g in gradients)
 
 
-# ------------------------------------------------------------------------------------------------------ what it costs
+# ------------------------------------------------------------------------------------ what it costs
 
-DISTRIBUTIONS = {   # success rates of problems: Beta(a, b), and the share of problems that are never right
-    "uniform": (1, 1, 0), "U-shaped": (0.5, 0.5, 0), "hard": (0.5, 1.5, 0), "easy": (1.5, 0.5, 0),
+# success rates of problems: Beta(a, b), and the share of problems that are never right
+DISTRIBUTIONS = {
+    "uniform": (1, 1, 0),
+    "U-shaped": (0.5, 0.5, 0),
+    "hard": (0.5, 1.5, 0),
+    "easy": (1.5, 0.5, 0),
     "a third hopeless": (0.5, 1.5, 1 / 3),
-}  # fmt: skip
+}
 
 
 def leaves(s):
-    """(number of orders, rewards) for all ways in which the rounds of a group can go; inside a round only counts matter."""
+    """(number of orders, rewards) for all ways in which the rounds of a group can go; inside a
+    round only counts matter."""
     algo = aero.ALGORITHMS[s.algo]
     open_groups = [(1, np.zeros(0), algo.first(group([]), s))]
     while open_groups:
@@ -565,7 +659,8 @@ def leaves(s):
 
 
 def expected_cost(s, a, b, hopeless):
-    """Generation 2 and training 6 units per rollout, exactly: E[p^c (1-p)^w] under Beta(a, b) is B(a+c, b+w) / B(a, b)."""
+    """Generation 2 and training 6 units per rollout, exactly: E[p^c (1-p)^w] under Beta(a, b) is
+    B(a+c, b+w) / B(a, b)."""
 
     def log_beta(x, y):
         return math.lgamma(x) + math.lgamma(y) - math.lgamma(x + y)
@@ -584,8 +679,10 @@ def expected_cost(s, a, b, hopeless):
 
 def test_cost_table():
     """
-    Against grpo at 16 rollouts aero saves about 60 %; against grpo_skip at 8 it costs from 3 % less to 14 % more (first four
-    rows). Where a third of the problems is never right it costs 44 % more: grpo_skip trains on nothing there, aero draws 16
+    Against grpo at 16 rollouts aero saves about 60 %; against grpo_skip at 8 it costs from 3 %
+    less to 14 % more (first four
+    rows). Where a third of the problems is never right it costs 44 % more: grpo_skip trains on
+    nothing there, aero draws 16
     rollouts and trains on 4. `pytest -s` prints the table.
     """
     algos = [settings(algo) for algo in ("aero", "grpo", "grpo_skip")]
@@ -593,7 +690,8 @@ def test_cost_table():
     print("\nunits per problem    aero  grpo 16  grpo_skip 8   against grpo   against grpo_skip")
     for name, (ours, grpo, skip) in rows.items():
         print(
-            f"{name:18} {ours:6.1f} {grpo:8.1f} {skip:12.1f} {ours / grpo - 1:14.1%} {ours / skip - 1:+19.1%}"
+            f"{name:18} {ours:6.1f} {grpo:8.1f} {skip:12.1f} "
+            f"{ours / grpo - 1:14.1%} {ours / skip - 1:+19.1%}"
         )
     saved = {name: 1 - ours / grpo for name, (ours, grpo, _) in rows.items()}
     against_skip = {name: ours / skip - 1 for name, (ours, _, skip) in rows.items()}
@@ -607,7 +705,8 @@ def test_cost_table():
 
 @pytest.mark.parametrize("algo", ["aero", "grpo_skip"])
 def test_cost_by_simulation(algo):
-    """4,000 problems of each distribution through first, more and choose: the same as the exact expectation."""
+    """4,000 problems of each distribution through first, more and choose: the same as the exact
+    expectation."""
     s, hooks = settings(algo), aero.ALGORITHMS[algo]
     for number, (a, b, hopeless) in enumerate(DISTRIBUTIONS.values()):
         rng = np.random.default_rng([2, number])
@@ -621,7 +720,7 @@ def test_cost_by_simulation(algo):
         assert abs(np.mean(costs) - expected_cost(s, a, b, hopeless)) < 4 * error
 
 
-# ----------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 def test_a_memory_reaches_the_hooks(monkeypatch):

@@ -284,7 +284,9 @@ def test_a_reward_may_check_golds_and_may_read_them(tokenizer, write):
         return raw.upper()
 
     rows = [{"problem": str(i), "answer": g} for i, g in enumerate(["tests 1", "x", "y"])]
-    problems = data.load(write(rows), tokenizer, "none", reward=reward.Reward("m:f", len, "", check=check))
+    problems = data.load(
+        write(rows), tokenizer, "none", reward=reward.Reward("m:f", len, "", check=check)
+    )
     assert [p.gold for p in problems] == ["tests 1"]
     assert problems.report.dropped == {"gold has no tests": [2, 3]}
     rows = [{"problem": str(i), "answer": g} for i, g in enumerate(["a", "bad"])]

@@ -1,6 +1,8 @@
 """
-learner.py: packing, the loss by hand, micro-batches, ranks, importance weights, compiled blocks, bad
-gradients, and losses that a fork would write; in the process of the tests and on ranks of their own.
+learner.py: packing, the loss by hand, micro-batches, ranks, importance weights, compiled blocks,
+bad
+gradients, and losses that a fork would write; in the process of the tests and on ranks of their
+own.
 """
 
 import collections
@@ -38,11 +40,20 @@ from model import Model, pack
 
 CPU = torch.device("cpu")
 NAN = float("nan")
-SHAPE = config_from_dict(dict(
-    model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960,
-    num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, rms_norm_eps=1e-6,
-    max_position_embeddings=4096, tie_word_embeddings=True,
-))  # fmt: skip
+SHAPE = config_from_dict(
+    dict(
+        model_type="qwen2",
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+)
 
 pytestmark = pytest.mark.usefixtures("server")
 
@@ -81,7 +92,8 @@ def test_pack_properties():
 
 @pytest.mark.parametrize("world", [2, 8])
 def test_pack_balances_ranks(world):
-    """AERO keeps few rollouts of unequal length: by cost a rank has at most 3 % more than the mean, by tokens 8 %."""
+    """AERO keeps few rollouts of unequal length: by cost a rank has at most 3 % more than the
+    mean, by tokens 8 %."""
     rng, model_cfg = np.random.default_rng(0), SHAPE
     for _ in range(20):
         lengths = np.clip(rng.lognormal(6, 0.8, 64 * world), 1, 3072).astype(int).tolist()
@@ -92,7 +104,8 @@ def test_pack_balances_ranks(world):
 
 
 def test_cost():
-    """The example of its docstring: 7617 tokens + 1356 response + tokens^2, up to the unit and a token's diagonal."""
+    """The example of its docstring: 7617 tokens + 1356 response + tokens^2, up to the unit and a
+    token's diagonal."""
     model_cfg = SHAPE
     unit = 4 * model_cfg.num_hidden_layers * model_cfg.hidden_size * 4 / 2
     for prompt, response in [(128, 512), (100, 3000)]:
@@ -144,7 +157,8 @@ def one_process():
 
 
 class SGD(torch.optim.SGD):
-    """Its step is the gradient. torch's fused kernel, which knows found_inf, does not take DTensors."""
+    """Its step is the gradient. torch's fused kernel, which knows found_inf, does not take
+    DTensors."""
 
     def step(self):
         found_inf, self.found_inf = self.found_inf, None
@@ -175,10 +189,16 @@ def unequal_batch(seed=0):
     """Groups of 5, 1, 2 and 3 rollouts of 1 to 12 tokens."""
     rng = random.Random(seed)
     return [
-        Trained(place, tuple(rng.randrange(4, 90) for _ in range(rng.randint(1, 9))),
-                [rng.randrange(90) for _ in range(n)], [-rng.random() for _ in range(n)], rng.choice([-1.5, 0.3, 1.0]))
-        for place, size in enumerate([5, 1, 2, 3]) for n in [rng.randint(1, 12) for _ in range(size)]
-    ]  # fmt: skip
+        Trained(
+            place,
+            tuple(rng.randrange(4, 90) for _ in range(rng.randint(1, 9))),
+            [rng.randrange(90) for _ in range(n)],
+            [-rng.random() for _ in range(n)],
+            rng.choice([-1.5, 0.3, 1.0]),
+        )
+        for place, size in enumerate([5, 1, 2, 3])
+        for n in [rng.randint(1, 12) for _ in range(size)]
+    ]
 
 
 @pytest.mark.parametrize("norm", aero.LOSS_NORMS)
@@ -197,7 +217,8 @@ def test_micro_batches_do_not_matter(fresh, norm, seed):
 
 
 def loss_by_hand(model, batch, cfg, ratio_against_sampler):
-    """Straight from the formula, one rollout and one token at a time, over all logits of the packed forward."""
+    """Straight from the formula, one rollout and one token at a time, over all logits of the
+    packed forward."""
     groups, tokens = {}, sum(len(x.tokens) for x in batch)
     for x in batch:
         groups.setdefault(x.place, []).append(x)
@@ -209,9 +230,10 @@ def loss_by_hand(model, batch, cfg, ratio_against_sampler):
         for t, (token, sampled) in enumerate(zip(x.tokens, x.logps)):
             row = logp_TV[len(x.prompt) - 1 + t]
             weight = {
-                "prompt": 1 / len(groups) / len(groups[x.place]) / len(x.tokens), "token": 1 / tokens,
+                "prompt": 1 / len(groups) / len(groups[x.place]) / len(x.tokens),
+                "token": 1 / tokens,
                 "constant": 1 / (cfg.max_new * len(batch)),
-            }[cfg.loss_norm]  # fmt: skip
+            }[cfg.loss_norm]
             ratio = torch.exp(
                 row[token] - (sampled if ratio_against_sampler else row[token].detach())
             )
@@ -238,7 +260,8 @@ def loss_by_hand(model, batch, cfg, ratio_against_sampler):
 @pytest.mark.parametrize("norm", aero.LOSS_NORMS)
 @pytest.mark.parametrize("updates", [1, 2])
 def test_loss_by_hand(fresh, student, norm, updates):
-    """Loss, gradient and metrics. With one update the ratio is 1; with two it is against the sampler's log-probs."""
+    """Loss, gradient and metrics. With one update the ratio is 1; with two it is against the
+    sampler's log-probs."""
     cfg, trained = fresh(SGD, loss_norm=norm, updates_per_batch=updates, clip_high=0.3)
     plain = Model(read_config(student.model))
     load_weights(plain, student.model)
@@ -305,10 +328,16 @@ def test_the_gradient_is_known_beforehand(fresh, monkeypatch, changes):
         assert w.isfinite().all() and torch.allclose(w, after[1][name], rtol=1e-6, atol=1e-8), name
 
 
-@pytest.mark.parametrize("changes, known", [
-    ({}, True), (dict(updates_per_batch=2), False), (dict(is_cap=2.0), False),
-    *((dict(loss=loss), False) for loss in ("plain", "half", "gspo", "kl")),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, known",
+    [
+        ({}, True),
+        (dict(updates_per_batch=2), False),
+        (dict(is_cap=2.0), False),
+        *((dict(loss=loss), False) for loss in ("plain", "half", "gspo", "kl")),
+    ],
+    ids=str,
+)
 def test_a_loss_takes_the_shortcut_that_it_earned(fresh, monkeypatch, changes, known):
     """Only where it declares its derivative, the ratio is 1, and nothing else multiplies it."""
     seen = seen_coefficients(monkeypatch)
@@ -419,16 +448,22 @@ def learn_forks_on(rank, world, node, port, folder, output, changes):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world, changes", [
-    (1, {}), (2, {}), (2, dict(reshard=True)),
-    pytest.param(1, dict(compile=True), marks=pytest.mark.slow),
-    pytest.param(2, dict(compile=True, reshard=True), marks=pytest.mark.slow),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "world, changes",
+    [
+        (1, {}),
+        (2, {}),
+        (2, dict(reshard=True)),
+        pytest.param(1, dict(compile=True), marks=pytest.mark.slow),
+        pytest.param(2, dict(compile=True, reshard=True), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_fork_of_the_loss_trains(student, tmp_path, world, changes):
     """Half of the loss, a sequence-level ratio and a pull to the starting model: their gradients
     are those of plain autograd over all logits. Under the earlier design they became NaN."""
     results = learned(student, tmp_path / "forks.pt", world, world, learn_forks_on, **changes)
-    for name, (after, wanted, metrics, loss, kl) in results.items():
+    for name, (after, wanted, metrics, loss, _) in results.items():
         for parameter, w in wanted.items():
             assert (after[parameter] - w).abs().max() < 2e-6, (name, parameter)
         assert metrics["loss/policy"] == pytest.approx(loss, rel=1e-5, abs=1e-6)
@@ -480,7 +515,8 @@ def test_the_reference_stays_where_it_was(fresh):
 
 
 def test_first_of_two_updates_is_on_policy(fresh):
-    """With the sampler's own log-probs the first ratio is 1, so a mean other than 1 comes from the second."""
+    """With the sampler's own log-probs the first ratio is 1, so a mean other than 1 comes from the
+    second."""
     cfg, trained = fresh(updates_per_batch=2)
     batch = []
     for x in unequal_batch():
@@ -495,7 +531,8 @@ def test_first_of_two_updates_is_on_policy(fresh):
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_truncated_importance_weights(fresh, updates):
-    """Every token weighs min(learner / sampler, cap); the ratio is against the learner's own log-probs, so it begins at 1."""
+    """Every token weighs min(learner / sampler, cap); the ratio is against the learner's own
+    log-probs, so it begins at 1."""
 
     def once(**changes):
         cfg, trained = fresh(SGD, updates_per_batch=updates, micro_tokens=40, **changes)
@@ -517,7 +554,8 @@ def test_truncated_importance_weights(fresh, updates):
 
 @pytest.mark.slow
 def test_compiled_equals_eager(fresh, monkeypatch):
-    """And all blocks and all numbers of tokens share two graphs, or four where forward passes are also done again. Inductor
+    """And all blocks and all numbers of tokens share two graphs, or four where forward passes are
+    also done again. Inductor
     is left out: a CPU takes a minute for it."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     after = []
@@ -540,7 +578,8 @@ def test_compiled_equals_eager(fresh, monkeypatch):
 
 
 def test_eos_is_trained(fresh, student):
-    """A response that is EOS alone, with a positive advantage: EOS grows likelier after its prompt."""
+    """A response that is EOS alone, with a positive advantage: EOS grows likelier after its
+    prompt."""
     cfg, trained = fresh(SGD)
     eos, prompt = student.tokenizer.eos_token_id, (40, 41)
 
@@ -627,7 +666,8 @@ def learn_one_on(rank, world, node, port, folder, output, changes):
 
 
 def no_rows_on(rank, world, node, port, folder, output, changes):
-    """A backward pass to which only rank 0 brings rows to train, with their coefficients known and not."""
+    """A backward pass to which only rank 0 brings rows to train, with their coefficients known and
+    not."""
     _, trained = join(rank, world, node, port, folder, {})
     ids_T, rows_R, found = (
         torch.arange(4, 13),
@@ -667,20 +707,25 @@ def learned(student, output, world, node, learn=learn_on, **changes):
     return torch.load(output)
 
 
-@pytest.mark.parametrize("world, node, changes", [
-    (2, 2, {}),
-    (2, 2, dict(reshard=True)),
-    (2, 1, {}),                     # two nodes of one: replicated, all-reduced
-    (2, 1, dict(reshard=True)),
-    (2, 1, dict(shard="world")),
-    (2, 2, dict(loss="plain")),
-    (2, 2, dict(micro_tokens=1)),
-    (2, 2, dict(micro_tokens=10_000)),
-    (4, 2, dict(reshard=True)),     # two nodes of two
-    (1, 1, dict(reshard=True)),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "world, node, changes",
+    [
+        (2, 2, {}),
+        (2, 2, dict(reshard=True)),
+        (2, 1, {}),  # two nodes of one: replicated, all-reduced
+        (2, 1, dict(reshard=True)),
+        (2, 1, dict(shard="world")),
+        (2, 2, dict(loss="plain")),
+        (2, 2, dict(micro_tokens=1)),
+        (2, 2, dict(micro_tokens=10_000)),
+        (4, 2, dict(reshard=True)),  # two nodes of two
+        (1, 1, dict(reshard=True)),
+    ],
+    ids=str,
+)
 def test_ranks_do_not_matter(student, one_rank_learns, tmp_path, world, node, changes):
-    """Groups of 5, 1, 2 and 3 rollouts: the same gradient and metrics however they are sharded, replicated and cut."""
+    """Groups of 5, 1, 2 and 3 rollouts: the same gradient and metrics however they are sharded,
+    replicated and cut."""
     weights, metrics = learned(student, tmp_path / "weights.pt", world, node, **changes)
     assert all((weights[name] - w).abs().max() < 1e-6 for name, w in one_rank_learns[0].items())
     assert metrics == pytest.approx(one_rank_learns[1], abs=1e-6, rel=1e-6)
@@ -717,7 +762,8 @@ def test_a_rank_without_rows(student, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_learner_on_cuda(student):
-    """bf16: the same gradient norm and entropy within rounding whatever only changes speed and memory."""
+    """bf16: the same gradient norm and entropy within rounding whatever only changes speed and
+    memory."""
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
         found, model_cfg, device = [], read_config(student.model), torch.device("cuda", 0)

@@ -12,15 +12,25 @@ from config import Config
 from hf import config_from_dict
 from plan import RESERVE, advise, must_fit, plan, plan_memory
 
-SHAPE = config_from_dict(dict(
-    model_type="qwen2", vocab_size=151936, hidden_size=1536, intermediate_size=8960,
-    num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, rms_norm_eps=1e-6,
-    max_position_embeddings=4096, tie_word_embeddings=True,
-))  # fmt: skip
+SHAPE = config_from_dict(
+    dict(
+        model_type="qwen2",
+        vocab_size=151936,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-6,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+)
 
 
 def test_plan():
-    """12 bytes of state per parameter and shard, 4 of gradient; what is sent by the rules of rings."""
+    """12 bytes of state per parameter and shard, 4 of gradient; what is sent by the rules of
+    rings."""
     N, cfg = 1_543_714_304, Config(micro_tokens=16384)
     one, eight, nodes = (plan(SHAPE, cfg, world, min(world, 8), 1e9, 640) for world in (1, 8, 64))
     assert one.memory["weights and optimizer"] == 12 * N and one.memory["gradients"] == 4 * N
@@ -28,8 +38,12 @@ def test_plan():
     assert (
         eight.memory["weights and optimizer"] == 12 * N / 8 == nodes.memory["weights and optimizer"]
     )
-    assert eight.traffic == {"all-gather": 2 * N * 7 / 8, "reduce-scatter": 4 * N * 7 / 8, "all-reduce": 0,
-                             "weights to the sampler": 2 * N * 7 / 8}  # fmt: skip
+    assert eight.traffic == {
+        "all-gather": 2 * N * 7 / 8,
+        "reduce-scatter": 4 * N * 7 / 8,
+        "all-reduce": 0,
+        "weights to the sampler": 2 * N * 7 / 8,
+    }
     assert nodes.traffic == eight.traffic | {"all-reduce": 2 * 4 * N / 8 * 7 / 8}
     world = plan(
         SHAPE, dataclasses.replace(cfg, shard="world", reshard=True), 64, 8, 0, 640, tokens=65536
@@ -45,11 +59,14 @@ def test_plan():
 
 
 MEASURED = [
-    (dict(micro_tokens=16640), 1, 1, 71.15), (dict(micro_tokens=33280, compile=True), 1, 1, 94.08),
-    (dict(micro_tokens=40960, compile=True), 1, 1, 110.14), (dict(micro_tokens=14080, compile=True), 2, 2, 50.16),
-    (dict(micro_tokens=14080, compile=True), 2, 1, 58.77), (dict(micro_tokens=14080, compile=True, reshard=True), 2, 2, 44.94),
+    (dict(micro_tokens=16640), 1, 1, 71.15),
+    (dict(micro_tokens=33280, compile=True), 1, 1, 94.08),
+    (dict(micro_tokens=40960, compile=True), 1, 1, 110.14),
+    (dict(micro_tokens=14080, compile=True), 2, 2, 50.16),
+    (dict(micro_tokens=14080, compile=True), 2, 1, 58.77),
+    (dict(micro_tokens=14080, compile=True, reshard=True), 2, 2, 44.94),
     (dict(micro_tokens=27520, compile=True, checkpoint_activations=True), 1, 1, 33.94),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("changes, world, node, gib", MEASURED, ids=str)

@@ -1,7 +1,7 @@
 """
 The README fits one screen after another, and what it and results/README.md name is there.
 
-    python tests/test_readme.py     writes the counted lines into the README's table of files
+    python tests/test_readme.py     writes counted lines and places of names into README's tables
 """
 
 import json
@@ -18,6 +18,7 @@ RESULTS = ROOT / "results" / "README.md"
 MOST_LINES = 170
 NAME = re.compile(r"`([^`\s]+)`")
 FILE_ROW = re.compile(r"^\| (?P<names>`[^|]+`) \| (?P<lines>[@\d,]+) \|", re.MULTILINE)
+PLACE = re.compile(r"\| `(?P<name>\w+)`, `(?P<file>\w+\.py):(?P<line>\d+)` \|")
 METRIC = re.compile(r"`((?:[a-z_]+|eval/SET)/[a-z_]+)`")
 
 
@@ -40,6 +41,34 @@ def count_lines() -> None:
         return f"| {row['names']} | {lines:,} |"
 
     README.write_text(FILE_ROW.sub(counted, README.read_text()))
+
+
+def line_of(name: str, file: str) -> int:
+    """Where a name of the table "Change it" is defined."""
+    defined = re.compile(rf"(def {name}\(|{name}(:.*)? = )")
+    for number, line in enumerate((ROOT / file).read_text().splitlines(), 1):
+        if defined.match(line):
+            return number
+    raise ValueError(f"{file} defines no {name}")
+
+
+def write_places() -> None:
+    def placed(row):
+        return f"| `{row['name']}`, `{row['file']}:{line_of(row['name'], row['file'])}` |"
+
+    README.write_text(PLACE.sub(placed, README.read_text()))
+
+
+def test_every_place_is_where_it_says():
+    rows = list(PLACE.finditer(README.read_text()))
+    assert len(rows) == 6
+    for row in rows:
+        assert int(row["line"]) == line_of(row["name"], row["file"]), row["name"]
+
+
+def test_the_example_is_one_of_those_that_are_run():
+    (block,) = re.findall(r"```python\n.*?```", README.read_text(), re.DOTALL)
+    assert block in (ROOT / "CHANGE_IT.md").read_text()
 
 
 def test_it_is_short():
@@ -70,6 +99,7 @@ def test_every_file_that_a_page_names_is_there(page):
     names = {word for word in words if word.endswith(suffixes) and not word.startswith("out/")}
     before = {"bench.py"}  # the old name, which the page says
     written = {"curves.png", "compare.png"}
+    before |= {"kl.py"}  # an example of the page itself
     for name in names - before - written:
         here = [ROOT / name, page.parent / name]
         assert any(path.exists() for path in here) or "[" in name, name
@@ -151,3 +181,4 @@ def test_every_metric_of_a_run_is_explained(student, tmp_path):
 
 if __name__ == "__main__":
     count_lines()
+    write_places()

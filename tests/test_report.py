@@ -55,9 +55,7 @@ def test_the_closing_table(run):
     evaluate(run, 0, held=summary(0.25, levels=("1", "2")), odd=odd)
     evaluate(run, 1, held=summary(0.5, levels=("1", "2"), error=None), odd=odd)
     head, *sets, rollouts, compute = report.closing_table(run, 1, TOTALS, cfg).splitlines()
-    assert " ".join(head.split()) == (
-        "problems avg@8: base trained +- gain pass@8: base trained"
-    )
+    assert " ".join(head.split()) == ("problems avg@8: base trained +- gain pass@8: base trained")
     assert [line.split() for line in sets] == [
         ["held", "4", "0.250", "0.500", "+0.250", "0.125", "0.250"],
         ["level", "1", "2", "0.250", "0.500", "+0.250", "1.000", "1.000"],

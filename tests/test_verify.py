@@ -417,11 +417,10 @@ def test_noise_never_raises_and_never_takes_long(seed):
         began = time.perf_counter()
         for response in (noise, boxed(noise), "The answer is " + noise, rf"\boxed{{{noise}"):
             verdict = reward.grade(response, gold)
-            assert (
-                verdict.score == 0
-                or verdict.rule != "boxed"
-                or read(noise) == read(gold)
-            ), (noise, gold)
+            assert verdict.score == 0 or verdict.rule != "boxed" or read(noise) == read(gold), (
+                noise,
+                gold,
+            )
             assert verdict.reason != "crash", (noise, gold)
             assert (
                 verdict.extracted is None
