@@ -247,7 +247,7 @@ def remember(records: list[GroupRecord], state: State, cfg) -> None:
         return
     for r in records:
         group = aero.Group(np.array(r.rewards), r.problem, state.memory.get(r.problem, ()))
-        state.memory[r.problem] = tuple(algo.remember(group, cfg))
+        state.memory[r.problem] = tuple(map(float, algo.remember(group, cfg)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -484,11 +484,11 @@ def main(argv=None, config=Config) -> int:
         cfg = parse(config, sys.argv[1:] if argv is None else argv, __doc__)
         run = Run.open(cfg)
         inputs = prepare(cfg)
+        run.folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         if lead:
             print(f"error: {error}", file=sys.stderr)
         return 2
-    run.folder.mkdir(parents=True, exist_ok=True)
     grader = Grader(cfg.reward, cfg.graders)  # its processes start before CUDA does
     try:
         train(cfg, run, inputs, grader)

@@ -411,6 +411,7 @@ def test_output_folder_of_something_else(refused, tmp_path):
     refused("holds files that are not a run's", "--steps", 1)
     (tmp_path / "out" / "file").write_text("")
     refused(str(tmp_path / "out" / "file"), name="file")
+    refused("Not a directory", "--out", tmp_path / "out" / "file")
 
 
 def test_output_folder_of_another_configuration(reference, flags, capsys):

@@ -490,7 +490,8 @@ SAME = {
     ],
 }
 
-# A number and exercises whose result it is: to write the exercise down again does not pay, the other way round it does.
+# A number and exercises whose result it is: to write the exercise down again does not pay, the
+# other way round it does.
 EXERCISES = [
     [
         "102",
@@ -1028,7 +1029,8 @@ GOLDS = [
     "62.5%",
     r"$8 \%$",
     r"$18.8^{\circ}$",
-    r"$x=\frac{1}{6} \pi+\pi k, \frac{1}{3} \pi+\pi k, \frac{2}{3} \pi+\pi k, \frac{5}{6} \pi+\pi k$",
+    r"$x=\frac{1}{6} \pi+\pi k, \frac{1}{3} \pi+\pi k, \frac{2}{3} \pi+\pi k, "
+    r"\frac{5}{6} \pi+\pi k$",
     r"$t(0,4]$",
     r"$\frac{d !}{2 k(d-k) !}$",
     r"$(22+8 \sqrt{6}, 22-8 \sqrt{6})$,$(22-8 \sqrt{6}, 22+8 \sqrt{6})$",

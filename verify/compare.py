@@ -38,6 +38,7 @@ from verify.tree import (
     negative,
     num,
     over,
+    product,
     rebuild,
     sym,
 )
@@ -60,6 +61,27 @@ def renamed(node: Node) -> Node:
     if node.op == "sym" and names(node):
         return sym(node.args[0] + "~")
     return rebuild(node, renamed)
+
+
+def ratio_of_values(f: Node, g: Node):
+    """f/g at the first point where both have a value that is not 0."""
+    symbols = sorted(names(f) | names(g))
+    for point in points(symbols) if symbols else ():
+        x = evaluated(f, point)
+        y = evaluated(g, point)
+        if x and y and abs(x[0]) > x[1] and abs(y[0]) > y[1]:
+            return x[0] / y[0]
+    return None
+
+
+def has_finite_expansion(node: Node) -> bool:
+    value = exact(node)
+    return value is not None and 10**MAX_CHARS % value.denominator == 0
+
+
+def leading(op: str, a: Node, b: Node) -> tuple[Node, Node]:
+    """The two, the one of this kind first."""
+    return (a, b) if a.op == op else (b, a)
 
 
 def assignments(node: Node) -> dict[str, Node] | None:
@@ -88,7 +110,7 @@ class Comparison:
             tiers = {"num": "number", "dec": "number", "text": "text", "raw": "text"}
             return self.used(tiers.get(a.op, "structure"))
         if "choice" in kinds:
-            return self.choice(*((a, b) if a.op == "choice" else (b, a)))
+            return self.choice(*leading("choice", a, b))
         if "named" in kinds:
             return self.named(a, b)
         if "measured" in kinds:
@@ -98,18 +120,14 @@ class Comparison:
         if kinds & TEXTS:
             return False
         self.used("structure")
-        first, second = assignments(a), assignments(b)
-        if first and second:
-            same_names = first.keys() == second.keys()
-            return same_names and all(self.same(first[name], second[name]) for name in first)
-        if first or second:
-            return self.point(first, b) if first else self.point(second, a)
+        if assignments(a) or assignments(b):
+            return self.assigned(a, b)
         if "ratio" in kinds:
-            return self.ratio(*((a, b) if a.op == "ratio" else (b, a)))
+            return self.ratio(*leading("ratio", a, b))
         if kinds <= {"list", "set"} or kinds <= VALUES | {"set"}:  # {5} is 5
             return self.unordered(self.elements(a), self.elements(b))
         if kinds == {"matrix", "seq"}:
-            return self.vector(*((a, b) if a.op == "matrix" else (b, a)))
+            return self.vector(*leading("matrix", a, b))
         if a.op != b.op:
             return False
         if a.op == "seq":  # with two ends, perhaps an interval: then the brackets matter
@@ -117,7 +135,9 @@ class Comparison:
             return alike and self.ordered(a.args[1:], b.args[1:])
         if a.op == "rel":
             return self.relations(a, b)
-        return (self.unordered if a.op == "union" else self.ordered)(a.args, b.args)
+        if a.op == "union":
+            return self.unordered(a.args, b.args)
+        return self.ordered(a.args, b.args)
 
     def elements(self, node: Node) -> list[Node]:
         if node.op == "set":
@@ -125,9 +145,7 @@ class Comparison:
         return list(node.args) if node.op == "list" else [node]
 
     def ordered(self, a, b) -> bool:
-        if len(a) != len(b):
-            return False
-        return all(isinstance(x, Node) and isinstance(y, Node) and self.same(x, y) for x, y in zip(a, b))
+        return len(a) == len(b) and all(self.same(x, y) for x, y in zip(a, b))
 
     def unordered(self, a, b) -> bool:
         if len(a) != len(b):
@@ -141,10 +159,16 @@ class Comparison:
         return True
 
     def measured(self, a: Node, b: Node) -> bool:
-        """5 kg is 5, but not 5 g."""
-        if a.op == b.op and not compatible(a.args[1], b.args[1]):
+        """5 kg is 5, but not 5 g; written 5m, the unit may be read as a symbol."""
+        if a.op == b.op:
+            return compatible(a.args[1], b.args[1]) and self.same(a.args[0], b.args[0])
+        (_, (value, unit)), other = leading("measured", a, b)
+        if other.op == "pct":
             return False
-        return self.same(*(node.args[0] if node.op == "measured" else node for node in (a, b)))
+        if other.op in VALUES and names(other) & {symbol for symbol, _ in unit}:
+            factors = [Node("pow", (sym(symbol), num(power))) for symbol, power in unit]
+            value = Node("mul", (value, *factors))
+        return self.same(value, other)
 
     def choice(self, choice: Node, other: Node) -> bool:
         """(B) 12 is B, and 12, and (B) 12."""
@@ -155,16 +179,27 @@ class Comparison:
             return letter == other.args[0]
         return self.same(content, other)
 
+    def assigned(self, a: Node, b: Node) -> bool:
+        """x = 5, y = 3 in any order, name by name."""
+        first, second = assignments(a), assignments(b)
+        if first is None or second is None:
+            return self.point(first, b) if first else self.point(second, a)
+        if first.keys() != second.keys():
+            return False
+        return all(self.same(first[name], second[name]) for name in first)
+
     def point(self, named: dict[str, Node], other: Node) -> bool:
         """x = 5, y = 3 is the point (5, 3): values in the order of their names; but the values of
         x_1, x_2 are a list in any order."""
         values = [named[name] for name in sorted(named)]
-        if other.op not in ("list", "set", "seq"):
+        if other.op == "seq":
+            return other.args[0] == "()" and self.ordered(values, other.args[1:])
+        if other.op not in ("list", "set"):
             return False
-        if other.op != "seq" and len({name.partition("_")[0] for name in named}) == 1:
+        stems = {name.partition("_")[0] for name in named}
+        if len(stems) == 1:
             return self.unordered(values, self.elements(other))
-        items = other.args[1:] if other.op == "seq" else other.args
-        return other.args[:1] not in (("[]",), ("[)",), ("(]",)) and self.ordered(values, items)
+        return self.ordered(values, other.args)
 
     def ratio(self, ratio: Node, other: Node) -> bool:
         parts = ratio.args
@@ -172,12 +207,10 @@ class Comparison:
             return len(parts) == 2 and self.same(over(*parts), other)
         if other.op != "ratio" or len(parts) != len(other.args):
             return False
-        heads = parts[0], other.args[0]
-        crossed = (
-            (Node("mul", (x, heads[1])), Node("mul", (y, heads[0])))
-            for x, y in zip(parts[1:], other.args[1:])
-        )
-        return all(self.same(x, y) for x, y in crossed)
+        for x, y in zip(parts[1:], other.args[1:]):
+            if not self.same(Node("mul", (x, other.args[0])), Node("mul", (y, parts[0]))):
+                return False
+        return True
 
     def vector(self, matrix: Node, seq: Node) -> bool:
         rows = [row.args for row in matrix.args]
@@ -188,10 +221,10 @@ class Comparison:
         if a.op == b.op:
             words = sum(node.args[0].startswith("text ") for node in (a, b))
             same_name = a.args[0] == b.args[0] or words == 1
-            return (same_name and self.same(a.args[1], b.args[1])) or self.relations(
-                a.args[2], b.args[2]
-            )
-        name, other = (a, b) if a.op == "named" else (b, a)
+            if same_name and self.same(a.args[1], b.args[1]):
+                return True
+            return self.relations(a.args[2], b.args[2])
+        name, other = leading("named", a, b)
         if other.op == "rel":
             return self.relations(name.args[2], other)
         return self.same(name.args[1], other)
@@ -206,16 +239,14 @@ class Comparison:
             return self.ordered(p, q)
         f = Node("add", (p[0], negative(p[1])))
         g = Node("add", (q[0], negative(q[1])))
-        for point in points(sorted(names(f) | names(g))):
-            x, y = evaluated(f, point), evaluated(g, point)
-            if point and x and y and abs(x[0]) > x[1] and abs(y[0]) > y[1]:
-                factor = x[0] / y[0]
-                positive = context().im(factor) == 0 and context().re(factor) > 0
-                if ops != ("=",) and not positive:
-                    return False
-                # f(x) g(y) = g(x) f(y)
-                return self.identical(Node("mul", (f, renamed(g))), Node("mul", (g, renamed(f))))
-        return False
+        factor = ratio_of_values(f, g)
+        if factor is None:
+            return False
+        positive = context().im(factor) == 0 and context().re(factor) > 0
+        if ops != ("=",) and not positive:
+            return False
+        crossed = Node("mul", (f, renamed(g))), Node("mul", (g, renamed(f)))
+        return self.identical(*crossed)  # f(x) g(y) = g(x) f(y)
 
     def value(self, a: Node, b: Node) -> bool:
         if "pct" in (a.op, b.op):
@@ -223,9 +254,8 @@ class Comparison:
         x, y = exact(a), exact(b)
         if x is not None and x == y:
             return self.used("number")
-        for decimal, other, value in ((a, b, y), (b, a, x)):
-            finite = value is not None and 10**MAX_CHARS % value.denominator == 0
-            if decimal.op == "dec" and not finite and not names(other):
+        for decimal, other in ((a, b), (b, a)):
+            if decimal.op == "dec" and not names(other) and not has_finite_expansion(other):
                 return rounds_to(other, decimal) and self.used("number")
         return (x is None or y is None) and self.identical(a, b)
 
@@ -233,7 +263,7 @@ class Comparison:
         """p% is p and p/100."""
         if a.op == b.op:
             return self.value(a.args[0], b.args[0])
-        percent, other = (a, b) if a.op == "pct" else (b, a)
+        percent, other = leading("pct", a, b)
         hundredth = Node("mul", (percent.args[0], num(Fraction(1, 100))))
         return self.value(percent.args[0], other) or self.value(hundredth, other)
 
@@ -300,10 +330,20 @@ def alone(node: Node) -> Node:
             return node
 
 
+def number_before_symbols(node: Node) -> Node:
+    """5 in 5 m/s"""
+    factors = list(node.args) if node.op == "mul" else [node]
+    while len(factors) > 1 and names(factors[-1]):
+        factors.pop()
+    return product(factors)
+
+
 def restated(answer: Node, gold: Node) -> bool:
     """Whether the gold answer is a number and the answer still an exercise: 37 + 48 for 85,
     sqrt(144) for 12."""
-    answer, gold = alone(answer), alone(gold)
+    answer, gold = number_before_symbols(alone(answer)), alone(gold)
+    if answer.op == "ratio":
+        return written(gold) and not all(map(written, answer.args))
     if not written(gold) or answer.op not in VALUES - {"sym"} or written(answer):
         return False
     is_long = gold.op == "dec" and gold.args[1] >= MIN_DIGITS

@@ -16,7 +16,7 @@ wins over words, the last words over earlier ones.
 import re
 from collections import deque
 
-from verify.lexicon import UNITS, is_unit_word
+from verify.lexicon import LETTER_UNITS, UNITS, is_unit_word
 from verify.read import is_math
 from verify.tokens import FUNCTIONS, NAMES, OPERATORS
 from verify.tree import MAX_CHARS, MAX_ITEMS
@@ -33,18 +33,21 @@ GLUE = re.compile(
 )
 ANCHORS = {
     "answer_is": re.compile(
-        r"\banswers?(?:\s{1,9}to\s{1,9}[^.\n]{1,80}?)?\s{1,9}(?:is|are)\b(?!\s{1,9}not\b)", re.I
+        r"\b(?:answers?(?:\s{1,9}to\s{1,9}[^.\n]{1,80}?)?"
+        r"|(?:correct|right)\s{1,9}(?:option|choice)s?)\s{1,9}(?:is|are)\b(?!\s{1,9}not\b)",
+        re.I,
     ),
     "hashes": re.compile(r"####(?!\s{0,9}[A-Za-z]{2})"),  # but no heading
     "answer": re.compile(r"\banswers?\s{0,9}(?:\*\*|__)?\s{0,9}[:=]", re.I),
 }
-LEAD = re.compile(r"[\s:=*_}]*?(?:\n\s*[-–—•]\s+|(?=[^\s:=*_}]|$))[\s*_]*")  # with the dash of a list
+LEAD = re.compile(  # with the dash of a list
+    r"[\s:=*_}]*?(?:\n\s*[-–—•]\s+|(?=[^\s:=*_}]|$))[\s*_]*"
+)
 SENTENCE_END = re.compile(r"[.!?](?=\s|$|[*_]{1,2}(?:\s|$))|[。！？\n]|<\|")
 FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 ARITHMETIC = re.compile(r"(?:[^A-Za-z\\]|\\(?:times|cdot|div|\$)|(?<=\d )x(?= \d))*")
-CHOSEN = re.compile(
-    r"(?:option |choice )?(?:\(([A-J])\)|([B-HJ])\b)(?=[\s,;:]+(?:because|since|as|for|which)\b)"
-)
+OPERATOR = re.compile(r"\s*[-+*/×÷=−](?=[\s\d]|$)")
+EXPLANATION = re.compile(r"[\s,;:*]+(?:because|since|as|which)\b")
 SIGN = (  # no sign is the dash of a list or of a sentence
     r"(?:(?<![\w.)\]}])(?:[-+–]|−\s?)|(?:(?<=[=(\d)\]%])|(?<=\b[A-Za-z])) ?[-+−–] )?"
 )
@@ -58,6 +61,7 @@ NUMBER = re.compile(
 )
 EXCLAIMED = re.compile(r"!+(?=\s*$|\s+[A-Z\n]|\s*\n|[*_\"')\]}])")
 AFTER = re.compile(r"[A-Za-z]+|[\^_(!\\{⁰¹²³⁴-⁹].?")
+POWER = re.compile(r"(?<![A-Za-z])[A-Za-z]\^|\)\^")
 HARMLESS = {"\\)", "\\]", "\\$", "\\ ", "\\,", "\\;", "("}
 
 
@@ -66,8 +70,8 @@ def extract(response: str, opened: bool = False, rules=ALL) -> tuple[str | None,
     without one. `opened`: the prompt ends inside a thought, as <think> at its end begins one."""
     text = response
     if "think" in rules:
-        before, closing, text = response.rpartition("</think>")
-        if "<think>" in text or (opened and not closing):
+        text = response.rpartition("</think>")[2]
+        if "<think>" in text or (opened and "</think>" not in response):
             return None, "none"
     tagged = None
     if "tag" in rules and "<answer>" in text:
@@ -89,6 +93,11 @@ def extract(response: str, opened: bool = False, rules=ALL) -> tuple[str | None,
     return None, "none"
 
 
+def opens_thought(prompt: str) -> bool:
+    """Whether a response to this prompt begins inside a thought."""
+    return prompt.rstrip().endswith("<think>")
+
+
 def last_tag(text: str) -> str | None:
     """The content of the last complete answer tag that is not empty."""
     end = len(text)
@@ -108,8 +117,8 @@ def whole(text: str) -> str | None:
     content = text[:MAX_CHARS].strip(" \t\r\n*_.")
     if is_math(content):
         return content
-    if chosen := CHOSEN.match(content):
-        return chosen[0]
+    if (head := explained(content)) is not None:
+        return head
     return last_number(text[-TAIL:]) or content or None
 
 
@@ -193,8 +202,8 @@ def phrase(text: str) -> str | None:
     sentence = (text[: end.start()] if end else text).strip(" \t*_.,;:!")
     if not sentence or is_math(sentence):
         return sentence or None
-    if chosen := CHOSEN.match(sentence):
-        return chosen[0]
+    if (head := explained(sentence)) is not None:
+        return head
     if formula and ("\\" in formula[0] or is_math(formula[formula.lastindex])):
         return formula[formula.lastindex].strip()
     head = ARITHMETIC.match(sentence)[0].strip(" ,;:")
@@ -205,7 +214,18 @@ def phrase(text: str) -> str | None:
     numbers = standing_numbers(sentence)
     if not numbers:
         return sentence
-    return (numbers[0] if numbers[0].start() == 0 else numbers[-1])[0].strip()
+    if numbers[0].start() > 0:
+        return numbers[-1][0].strip()
+    is_operand = OPERATOR.match(sentence, numbers[0].end())  # 7 + 9 and then words
+    return sentence if is_operand else numbers[0][0].strip()
+
+
+def explained(sentence: str) -> str | None:
+    """The mathematics that a sentence begins with if the rest only gives reasons: (D) because H is
+    even."""
+    explanation = EXPLANATION.search(sentence)
+    head = sentence[: explanation.start()].strip() if explanation else ""
+    return head if head and is_math(head) else None
 
 
 def balanced(text: str) -> str:
@@ -243,15 +263,17 @@ def standing_numbers(text: str, start: int = 0) -> list[re.Match]:
     for number in NUMBER.finditer(text, start):
         after = AFTER.match(text, number.end(), number.end() + 20)
         word = after[0] if after else ""
-        if not word or word in HARMLESS or EXCLAIMED.match(text, number.end()):
-            numbers.append(number)
-        elif word in UNITS or is_glued_unit(word):
+        ends_here = not word or word in HARMLESS or EXCLAIMED.match(text, number.end())
+        if ends_here or word in UNITS or is_glued_unit(word):
             numbers.append(number)
         elif word[0] in "^!²³" or word in "xyzn":
             numbers = []
-    return numbers
+    after = POWER.search(text, numbers[-1].end()) if numbers else None
+    return [] if after and after[0][0] not in LETTER_UNITS else numbers
 
 
 def is_glued_unit(word: str) -> bool:
     is_name = word in FUNCTIONS or word in NAMES or word in OPERATORS
-    return word in "mg" or (len(word) > 2 and word.isalpha() and not is_name and is_unit_word(word))
+    if word in ("m", "g"):
+        return True
+    return len(word) > 2 and word.isalpha() and not is_name and is_unit_word(word)

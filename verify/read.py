@@ -12,23 +12,26 @@ from verify.tree import MAX_CHARS, Limit, Node, NotMath, num, sym
 
 SPACE = r"(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z]))*"
 LETTER = re.compile(  # \textbf{(B)} and (\text{B}) without the font
-    rf"{FONT}\s*\{{{SPACE}((?:option|choice)?{SPACE}[(\[]?[A-J][)\].:]?){SPACE}\}}|(?<=\(){FONT}\{{([A-J])\}}(?=\))"
+    rf"{FONT}\s*\{{{SPACE}((?:option|choice)?{SPACE}[(\[]?[A-J][)\].:]?{SPACE})\}}"
+    rf"|(?<=\(){FONT}\{{([A-J])\}}(?=\))"
 )
 CHOICE = re.compile(  # (B) 12, B. 12, option B
     rf"(?:(?:[Oo]ption|[Cc]hoice|[Aa]nswer){SPACE})?"
     rf"(?:[(\[](?P<a>[A-J])[)\]]|(?P<b>[A-J])(?:[).:](?=[\s\\~]|$)|$))"
-    rf"(?:\*\*)?{SPACE}[.:]?{SPACE}(?P<content>.*)",
+    rf"(?:\*\*)?(?P<space>{SPACE}[.:]?{SPACE})(?P<content>.*)",
     re.S,
 )
-OPERATOR = re.compile(r"[-+*/^=<>,;:!|_(){}&'\[\]]|\\(?:cdot|times|cup|cap|text\s*\{\s*(?:and|or)\b)|and\b|or\b")
+OPERATOR = re.compile(
+    r"[-+*/^=<>,;:!|_(){}&'\[\]]|\\(?:cdot|times|cup|cap|text\s*\{\s*(?:and|or)\b)|(?:and|or)\b"
+)
 LABELS = re.compile(r"(?:\(\d{1,2}\)\s*){2,}")  # the statements (1)(3), no product
 CODE = re.compile(  # dates, telephone numbers, times
     r"\d+(?:-\d+){2,}|\d{1,2}([-/.])\d{1,2}\1\d{4}|\d{4}([-/.])\d{1,2}\2\d{1,2}"
     r"|(?=.*\b0\d)\d+(?:[-/:]\d+)+"
 )
 ALL_REALS = re.compile(
-    r"(?:the set of )?(?:all|any|every)? ?reals?(?: numbers?)?(?: \$?[a-z]\$?)?"
-    r"(?:,? (?:except|but|other than)(?: for)? (?P<holes>.+))?"
+    r"(?:the set of )?(?:(?:all|any|every) (?:the )?real|(?:the )?real(?=s| number))"
+    r"(?:s| numbers?)?(?: [a-z])?(?:,? (?:except|but|other than)(?: for)? (?P<holes>.+))?"
 )
 
 
@@ -59,12 +62,13 @@ def special(text: str) -> Node | None:
     """What the grammar would take for something else."""
     if LABELS.fullmatch(text):
         return Node("list", tuple(num(int(label)) for label in re.findall(r"\d+", text)))
-    if match := CHOICE.fullmatch(LETTER.sub(r"\1\2 ", text)):
+    if match := CHOICE.fullmatch(LETTER.sub(r"\1\2", text)):
         letter, content = match["a"] or match["b"], match["content"]
-        if not OPERATOR.match(content):
-            return Node("choice", (letter, read(content))) if content else sym(letter)
-    if text[-1:].isalpha() or "real" in text:
-        match = ALL_REALS.fullmatch(" ".join(TEXT.sub(r" \1 ", text).casefold().split()))
+        if not OPERATOR.match(content) and (match["space"] or not content):
+            return Node("choice", (letter, parsed(content))) if content else sym(letter)
+    if "real" in text.casefold():
+        words = TEXT.sub(r" \1 ", text).replace("$", " ").casefold().split()
+        match = ALL_REALS.fullmatch(" ".join(words))
         if match and match["holes"]:
             holes = read(match["holes"])
             return excluded(holes.args if holes and holes.op in ("list", "set") else [holes])
@@ -87,4 +91,6 @@ def prose(text: str) -> tuple[str, ...] | None:
     words = re.findall(r"[^\W\d_]+|\d+(?:\.\d+)?|\S", text)
     while words and words[-1] in ".,;:":
         words.pop()
-    return tuple(word.casefold() if i == 0 and len(word) != 2 else fold(word) for i, word in enumerate(words))
+    if words and len(words[0]) == 1:  # A necessary condition
+        words[0] = words[0].casefold()
+    return tuple(map(fold, words))

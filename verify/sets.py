@@ -2,9 +2,13 @@ r"""Sets of real numbers: unions, intersections and differences of intervals and
 
     (0, 5) \cup (3, 9)        is  (0, 9)
     \mathbb{R} \setminus {2}  is  (-\infty, 2) \cup (2, \infty)
+
+All ends that occur, in order, cut the line into atoms: the gap before the first, the first, the gap
+between it and the second, the second, ..., the gap after the last. A set of atoms is a list of
+truths, and runs of them are intervals again.
 """
 
-from typing import NamedTuple
+from itertools import groupby
 
 from verify.reals import context, evaluated
 from verify.tree import (
@@ -19,23 +23,17 @@ from verify.tree import (
 )
 
 
-class Piece(NamedTuple):
-    """An interval, or a point: low = high. The ends as real numbers and as written."""
-
-    low: object
-    high: object
-    closed_low: bool
-    closed_high: bool
-    low_node: Node
-    high_node: Node
-
-
 def interval(low: Node, high: Node, closed_low=False, closed_high=False) -> Node:
     opening = "[" if closed_low and low != MINUS_INFINITY else "("
     closing = "]" if closed_high and high != PLUS_INFINITY else ")"
     return Node("seq", (opening + closing, low, high))
 
 
+JOINED = {
+    "union": lambda x, y: x or y,
+    "cap": lambda x, y: x and y,
+    "minus": lambda x, y: x and not y,
+}
 REALS = interval(MINUS_INFINITY, PLUS_INFINITY)
 
 
@@ -51,7 +49,8 @@ def simplified(node: Node) -> Node:
     """The union of disjoint intervals and points that a node is, if its ends are real numbers;
     else the node, with unions in unions opened."""
     try:
-        return written(merged(pieces(node)))
+        line = Line(node)
+        return line.written(line.atoms(node))
     except NotMath:
         if node.op != "union":
             return node
@@ -61,112 +60,79 @@ def simplified(node: Node) -> Node:
         return Node("union", tuple(parts))
 
 
-def pieces(node: Node) -> list[Piece]:
+class Line:
+    """The real line, cut at the ends of the intervals and at the points in a tree of sets."""
+
+    def __init__(self, node: Node):
+        self.values, self.nodes = [], []
+        by_value = [(real(end), end) for end in ends(node)]
+        for value, end in sorted(by_value, key=lambda pair: pair[0]):
+            if not self.values or not equal(self.values[-1], value):
+                self.values.append(value)
+                self.nodes.append(end)
+        if len(self.values) > 2 * MAX_ITEMS:
+            raise Limit("ends of sets")
+
+    def atom(self, end: Node) -> int:
+        """The number of the atom that is this end; the ends at infinity lie outside."""
+        if end in (MINUS_INFINITY, PLUS_INFINITY):
+            return -1 if end == MINUS_INFINITY else 2 * len(self.values) + 1
+        value = real(end)
+        return next(2 * i + 1 for i, other in enumerate(self.values) if equal(value, other))
+
+    def atoms(self, node: Node) -> list[bool]:
+        node = as_set(node)
+        count = 2 * len(self.values) + 1
+        if node.op == "set":
+            points = {self.atom(item) for item in node.args}
+            return [i in points for i in range(count)]
+        if node.op == "seq":
+            brackets, low, high = node.args
+            first = self.atom(low) if brackets[0] == "[" else self.atom(low) + 1
+            last = self.atom(high) if brackets[1] == "]" else self.atom(high) - 1
+            return [first <= i <= last for i in range(count)]
+        atoms, *others = map(self.atoms, node.args)
+        for other in others:
+            atoms = [JOINED[node.op](x, y) for x, y in zip(atoms, other)]
+        return atoms
+
+    def written(self, atoms: list[bool]) -> Node:
+        ends = [MINUS_INFINITY, *self.nodes, PLUS_INFINITY]
+        points, parts = [], []
+        for covered, run in groupby(range(len(atoms)), key=atoms.__getitem__):
+            run = list(run)
+            closed_low, closed_high = run[0] % 2 == 1, run[-1] % 2 == 1
+            low, high = ends[(run[0] + 1) // 2], ends[run[-1] // 2 + 1]
+            if covered and len(run) == 1 and closed_low:
+                points.append(low)
+            elif covered:
+                parts.append(interval(low, high, closed_low, closed_high))
+        if points or not parts:
+            parts.append(Node("set", tuple(points)))
+        return parts[0] if len(parts) == 1 else Node("union", tuple(parts))
+
+
+def ends(node: Node) -> list[Node]:
+    """The finite ends of intervals, and the points, in a tree of sets."""
     node = as_set(node)
     if node is None:
         raise NotMath("no set")
     if node.op == "set":
-        ends = [(end(item), item) for item in node.args]
-        found = [Piece(value, value, True, True, item, item) for value, item in ends]
-    elif node.op == "seq":
+        return list(node.args)
+    if node.op == "seq":
         brackets, low, high = node.args
         if interval(low, high, brackets[0] == "[", brackets[1] == "]") != node:
             raise NotMath("closed at infinity")
-        found = [Piece(end(low), end(high), brackets[0] == "[", brackets[1] == "]", low, high)]
-    else:
-        first, *others = map(pieces, node.args)
-        for other in others:
-            if node.op == "union":
-                first = first + other
-            else:
-                first = common(first, other if node.op == "cap" else complement(other))
-        found = first
-    if len(found) > MAX_ITEMS:
-        raise Limit("pieces")
-    return [piece for piece in found if not is_empty(piece)]
+        return [end for end in (low, high) if end not in (MINUS_INFINITY, PLUS_INFINITY)]
+    return [end for part in node.args for end in ends(part)]
 
 
-def end(node: Node):
-    mp = context()
-    if node in (PLUS_INFINITY, MINUS_INFINITY):
-        return mp.inf if node == PLUS_INFINITY else -mp.inf
-    if node.op == "add" and len(node.args) == 1:
-        return end(node.args[0])
-    if node.op not in VALUES or names(node):
+def real(node: Node):
+    value = evaluated(node, {}) if node.op in VALUES and not names(node) else None
+    if value is None or context().im(value[0]) != 0:
         raise NotMath("no real number")
-    value = evaluated(node, {})
-    if value is None or mp.im(value[0]) != 0:
-        raise NotMath("no real number")
-    return mp.re(value[0])
+    return context().re(value[0])
 
 
 def equal(x, y) -> bool:
-    mp = context()
-    if x == y or mp.isinf(x) or mp.isinf(y):
-        return x == y
-    return abs(x - y) <= (1 + abs(x)) * mp.mpf(10) ** -50
-
-
-def is_empty(piece: Piece) -> bool:
-    if equal(piece.low, piece.high):
-        return not (piece.closed_low and piece.closed_high)
-    return piece.low > piece.high
-
-
-def common(a: list[Piece], b: list[Piece]) -> list[Piece]:
-    parts = []
-    for p in a:
-        for q in b:
-            low = p if p.low > q.low else q
-            high = p if p.high < q.high else q
-            closed_low, closed_high = low.closed_low, high.closed_high
-            if equal(p.low, q.low):
-                closed_low = p.closed_low and q.closed_low
-            if equal(p.high, q.high):
-                closed_high = p.closed_high and q.closed_high
-            nodes = low.low_node, high.high_node
-            parts.append(Piece(low.low, high.high, closed_low, closed_high, *nodes))
-    if len(parts) > MAX_ITEMS**2:
-        raise Limit("pieces")
-    return [part for part in parts if not is_empty(part)]
-
-
-def complement(parts: list[Piece]) -> list[Piece]:
-    gaps = []
-    low, low_node, closed = -context().inf, MINUS_INFINITY, False
-    for part in merged(parts):
-        gaps.append(Piece(low, part.low, closed, not part.closed_low, low_node, part.low_node))
-        low, low_node, closed = part.high, part.high_node, not part.closed_high
-    gaps.append(Piece(low, context().inf, closed, False, low_node, PLUS_INFINITY))
-    return [gap for gap in gaps if not is_empty(gap)]
-
-
-def merged(parts: list[Piece]) -> list[Piece]:
-    """Sorted, with pieces that touch or overlap made one."""
-    result = []
-    for part in sorted(parts, key=lambda part: (part.low, not part.closed_low)):
-        last = result[-1] if result else None
-        touches = last and equal(last.high, part.low) and (last.closed_high or part.closed_low)
-        if last and (touches or (last.high > part.low and not equal(last.high, part.low))):
-            if equal(last.high, part.high):
-                closed = last.closed_high or part.closed_high
-                result[-1] = last._replace(closed_high=closed)
-            elif part.high > last.high:
-                high = dict(high=part.high, high_node=part.high_node)
-                result[-1] = last._replace(closed_high=part.closed_high, **high)
-        else:
-            result.append(part)
-    return result
-
-
-def written(parts: list[Piece]) -> Node:
-    points, intervals = [], []
-    for part in parts:
-        if equal(part.low, part.high):
-            points.append(part.low_node)
-        else:
-            ends = part.closed_low, part.closed_high
-            intervals.append(interval(part.low_node, part.high_node, *ends))
-    if points or not intervals:
-        intervals.append(Node("set", tuple(points)))
-    return intervals[0] if len(intervals) == 1 else Node("union", tuple(intervals))
+    return abs(x - y) <= (1 + abs(x)) * context().mpf(10) ** -50

@@ -3,6 +3,7 @@
 from verify.reals import agree, rounds_to
 from verify.sets import REALS, as_set, interval, simplified
 from verify.tree import (
+    GREEK,
     MAX_ITEMS,
     MAX_SIGNS,
     MINUS_INFINITY,
@@ -11,14 +12,15 @@ from verify.tree import (
     VALUES,
     Limit,
     Node,
-    NotMath,
     count,
     is_name,
     names,
     negative,
+    never,
     rebuild,
     sym,
 )
+from verify.values import exact
 
 TURNED = {">": "<", ">=": "<="}
 
@@ -33,7 +35,9 @@ def shape(node: Node) -> Node:
     if signs:
         if signs > MAX_SIGNS:
             raise Limit("signs")
-        items = [signed for item in (args if op == "set" else [node]) for signed in both_signs(item)]
+        items = []
+        for item in args if op == "set" else [node]:
+            items += both_signs(item)
         return shape(Node("set" if op == "set" else "list", tuple(items)))
     if op == "rel":
         return relation(node)
@@ -51,10 +55,11 @@ def shape(node: Node) -> Node:
 
 
 def is_difference_of_sets(node: Node) -> bool:
-    r"""\\mathbb{R} - \\{2\\}"""
+    r"""\mathbb{R} - \{2\}"""
     second = node.args[1]
-    is_negative = second.op == "mul" and second.args[0] == MINUS_ONE
-    return len(node.args) == 2 and is_negative and second.args[1].op == "set"
+    if len(node.args) > 2 or second.op != "mul" or second.args[0] != MINUS_ONE:
+        return False
+    return second.args[1].op == "set"
 
 
 def listed(op: str, args) -> Node:
@@ -67,7 +72,8 @@ def listed(op: str, args) -> Node:
     variables = {item.args[0] for item in items if item.op == "named"}
     if op == "either" and all(sets) and len(variables) <= 1:
         return simplified(Node("union", tuple(sets)))  # x < 1 or x > 3
-    if len(variables) == 1 and any(is_exclusion(item) for item in items):
+    of_sets = all(as_set(item) or item.op in VALUES for item in items)
+    if len(variables) == 1 and of_sets and any(map(is_exclusion, items)):
         parts = [as_set(item) or excluded([item]) for item in items]  # x != 1, x != 2 or x != 1, 2
         value = simplified(Node("cap", tuple(parts)))
         return Node("named", (*variables, value, Node("rel", (("and",), *items))))
@@ -97,16 +103,14 @@ def both_signs(node: Node) -> list[Node]:
 
 def built(variable: Node, conditions: Node) -> Node:
     r"""\{x | x < 1\} is the interval; \{x \in S | ...\} with another S than the reals keeps it."""
-    listing = conditions.args if conditions.op in ("list", "either") else [conditions]
-    parts = [shape(condition) for condition in listing]
+    whole = shape(conditions)
+    parts = list(whole.args) if whole.op == "list" else [whole]
     if variable.op == "rel" and variable.args[0] == ("in",):
         _, name, domain = variable.args
         variable = name
         if shape(domain) != REALS:
             parts.append(shape(Node("rel", (("in",), name, domain))))
-    if conditions.op == "either":
-        parts = [shape(conditions)]
-    if conditions.op == "either" and as_set(parts[0]):
+    if len(parts) == 1 and conditions.op == "either" and as_set(parts[0]):
         return parts[0]
     if len(parts) == 1 and parts[0].op == "named" and sym(parts[0].args[0]) == variable:
         value = parts[0].args[1]
@@ -139,16 +143,19 @@ def relation(node: Node) -> Node:
     if ops == ("approx",) and right.op == "dec" and rounds_to(left, right, 1):
         return left
     if set(ops) <= {"<", "<="}:
-        readings = {
-            1: [(MINUS_INFINITY, left, right), (left, right, PLUS_INFINITY)],
-            2: [sides],
-        }
-        for low, middle, high in readings.get(len(ops), ()):
-            if is_name(middle) and not names(low) | names(high):
-                value = interval(low, high, ops[0] == "<=", ops[-1] == "<=")
-                return Node("named", (middle.args[0], value, node))
-    if len(set(ops)) > 1 and not set(ops) <= {"<", "<="}:
-        raise NotMath("relation")
+        return inequality(node)
+    return node if len(set(ops)) == 1 else never("relation")
+
+
+def inequality(node: Node) -> Node:
+    ops, *sides = node.args
+    readings = [sides] if len(ops) == 2 else []
+    if len(ops) == 1:
+        readings = [(MINUS_INFINITY, *sides), (*sides, PLUS_INFINITY)]
+    for low, middle, high in readings:
+        if is_name(middle) and not names(low) | names(high):
+            value = interval(low, high, ops[0] == "<=", ops[-1] == "<=")
+            return Node("named", (middle.args[0], value, node))
     return node
 
 
@@ -157,16 +164,15 @@ def equation(sides: list[Node]) -> Node:
     if is_true(sides):  # 7 + 9 = 16
         return sides[-1]
     name = label(sides[0])
-    if len(sides) > 2:  # x = 3/2 = 1.5
-        if name and is_true(sides[1:]):
-            return equation([sides[0], sides[-1]])
-        return node
+    if len(sides) > 2:  # x = 3/2 = 1.5, d = |AB| = 5
+        values = [side for side in sides[1:] if is_name(side) or label(side) is None]
+        return equation([sides[0], sides[-1]]) if name and is_true(values) else node
     left, right = sides
     if name is None and label(right):
         left, right, name = right, left, label(right)
         node = Node("rel", (("=",), left, right))
-    if left.op == right.op == "seq" and all(map(is_name, left.args[1:])):  # (x, y) = (5, 3)
-        if len(left.args) == len(right.args):
+    if left.op == right.op == "seq" and len(left.args) == len(right.args):
+        if all(map(is_name, left.args[1:])):  # (x, y) = (5, 3)
             pairs = zip(left.args[1:], right.args[1:])
             return Node("list", tuple(equation(list(pair)) for pair in pairs))
     if name and not is_unknown(left, right):
@@ -183,7 +189,12 @@ def is_true(sides: list[Node]) -> bool:
     values = [bare(side) for side in sides]
     if any(value.op not in VALUES or names(value) for value in values):
         return False
-    return all(agree(value, values[-1], once=True) for value in values[:-1])
+    return all(is_same_number(value, values[-1]) for value in values[:-1])
+
+
+def is_same_number(a: Node, b: Node) -> bool:
+    x, y = exact(a), exact(b)
+    return x == y if x is not None and y is not None else bool(agree(a, b, once=True))
 
 
 def label(node: Node) -> str | None:
@@ -194,30 +205,34 @@ def label(node: Node) -> str | None:
     if is_name(node):
         return node.args[0]
     is_function = node.op == "call" and node.args[0].startswith("apply ")
-    is_ratio = node.op == "ratio" and all(is_name(part) or is_figure(part) for part in node.args)
+    is_ratio = node.op == "ratio" and all(is_name(part) or is_part(part) for part in node.args)
     return repr(node) if is_function or is_ratio or is_figure(node) else None
 
 
 def is_figure(node: Node) -> bool:
-    r"""|AB|, the segment AB, m\angle A, \sin A: names of points are capitals."""
+    r"""|AB|, the segment AB, m\angle A, \sin A, AB/CD: names of points are capitals."""
     if node.op == "call":
         inner = node.args[1]
-        return node.args[0] in ("abs", "sin", "cos") and (is_figure(inner) or is_point(inner))
+        is_angle = node.args[0] != "abs" and inner.op == "sym" and inner.args[0] in GREEK
+        return node.args[0] in ("abs", "sin", "cos") and (is_part(inner) or is_angle)
     if node.op == "mul":
         factors = node.args[1:] if node.args[0] == sym("m") else node.args
-        return all(is_point(part) or is_figure(part) for part in factors)
+        return all(map(is_part, factors))
+    if node.op == "pow":
+        return node.args[1] == MINUS_ONE and is_part(node.args[0])
     return node.op == "sym" and node.args[0].startswith(("angle(", "overline(", "triangle("))
 
 
-def is_point(node: Node) -> bool:
-    return node.op == "sym" and node.args[0][0].isupper() and len(node.args[0].split("_")[0]) == 1
+def is_part(node: Node) -> bool:
+    is_symbol = node.op == "sym" and len(node.args[0].rstrip("'").split("_")[0]) == 1
+    return is_figure(node) or (is_symbol and node.args[0].isupper())
 
 
 def is_unknown(left: Node, right: Node) -> bool:
     """Whether the left of an equation is no label but part of an equation in unknowns."""
     if right.op == "text":
         return left.op == "mul" or (left.op == "text" and left.args[0].isupper())  # SRAC = LRAC
-    if left.op == "mul":
+    if left.op in ("mul", "pow"):
         return bool(names(right))  # PV = nRT
     if left.op == "sym":
         name = left.args[0]

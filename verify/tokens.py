@@ -5,12 +5,12 @@ import unicodedata
 from fractions import Fraction
 
 from verify.lexicon import LETTER_UNITS, PERCENT, UNITS, WORDS
-from verify.tree import GREEK
+from verify.tree import GREEK, words
 
 
 def table(text: str) -> dict[str, str]:
-    words = text.split()
-    return dict(zip(words[::2], words[1::2]))
+    pairs = words(text)
+    return dict(zip(pairs[::2], pairs[1::2]))
 
 
 SIGNS = table(
@@ -43,22 +43,29 @@ SCRIPT = str.maketrans(RAISED + LOWERED, "0123456789-n0123456789")
 FONT = r"""\\(?:math(?:rm|bf|it|sf|tt|normal|op|ord)|boldsymbol|bm|pmb|operatorname\*?|underline
     |ensuremath|text(?:bf|it|rm|sf|tt|sc|sl|up|md|normal)?|mbox|hbox|emph)"""
 FONT = re.sub(r"\s", "", FONT)
-WRAPPER = re.compile(
-    rf"(?:{FONT}|\\(?:boxed|fbox|displaystyle|textstyle|tiny|small|normalsize|large|Large|LARGE"
-    r"|huge|Huge|bf|it|rm|bfseries))(?![A-Za-z])\s*"
-)
+STYLE = r"""\\(?:(?:display|text|script|scriptscript)style|(?:footnote|script|normal)size|tiny|small
+    |large|Large|LARGE|huge|Huge|bf|it|rm|bfseries|itshape|strut|mathstrut|limits|nonumber|notag
+    |boxed|fbox|hfill|q?quad)(?![A-Za-z])"""
+STYLE = re.sub(r"\s", "", STYLE)
+WRAPPER = re.compile(rf"(?:{FONT}(?![A-Za-z])|{STYLE})\s*")
 TEXT = re.compile(FONT + r"\s*\{([^{}]*)\}")
-COLOR = re.compile(
-    r"\\(?:text)?color(?:box)?\s*(?:\[\w*\])?\s*\{[^{}]*\}|\\(?:hspace|vspace|tag)\*?\s*\{[^{}]*\}"
+COLOR = re.compile(  # and what else has an argument that is not printed
+    r"\\(?:text)?color(?:box)?\s*(?:\[\w*\])?\s*\{[^{}]*\}|\\fcolorbox\s*\{[^{}]*\}\s*\{[^{}]*\}"
+    r"|\\(?:[hv]space|[hv]?phantom|tag|label)\*?\s*\{[^{}]*\}"
 )
 ALIGNED = re.compile(
     r"\\(?:begin|end)\s*\{(?:align(?:ed|at)?|gather(?:ed)?|split|equation|eqnarray|cases)\*?\}"
+    r"(?:\[[tbc]\])?"
 )
-UNIT_FRACTION = re.compile(rf"\\[dt]?frac\s*\{{\s*{TEXT.pattern}\s*\}}\s*\{{\s*{TEXT.pattern}\s*\}}")
+IN_BRACES = rf"\s*\{{\s*{TEXT.pattern}\s*\}}"
+UNIT_FRACTION = re.compile(rf"\\[dt]?frac{IN_BRACES}{IN_BRACES}")
 PIECEWISE = re.compile(r"\\begin\s*\{cases\}[^&]*&")
 NEWLINE = re.compile(r"\\\\(?:\[[^\]]*\])?")
+BOLD = re.compile(r"(?:^|(?<=[=\s(]))\*\*(?=[^\s*])([^*]+)(?:\*\*|$)")
 DELIMITER = re.compile(r"(?<!\\)\\[()\[\]]")  # of formulas
-TRAILING = re.compile(r"(?:\s|\\\\|\\[,;:! ]|(?<!\\)[$`,;:]|(?<!\.)\.(?!\.)|~|\\(?=\s*$))+$")
+TRAILING = re.compile(
+    r"(?:\s|(?<=[A-Z\d])\{\}|\\\\|\\[,;:! ]|(?<!\\)[$`,;:]|(?<!\.)\.(?!\.)|~|\\(?=\s*$))+$"
+)
 THIN_COMMA = re.compile(  # 10{,}000
     r"(?<=\d)(?:\{,\}|,\s?\\!|\\!,)\s*(?=\d{3}(?!\d))|(?<=\d)\\[,;: ]\s*(?=\d{3}(?!\d))"
 )
@@ -68,13 +75,11 @@ LETTER_TIMES = re.compile(r"(?<=\d) [xX] (?=\d)")
 
 TOKEN = re.compile(
     rf"(?P<skip>\s+|\\[,;:!>\s]|~|\$|\\(?:left|right|middle)\s*\.|{FONT}(?=\s*\{{[^{{}}]*[\\{{$])"
-    r"|\\(?:left|right|[bB]igg?[lrm]?|middle|displaystyle|textstyle|limits|quad|qquad"
-    r"|tiny|small|normalsize|large|Large|LARGE|huge|Huge"
-    r"|boxed|fbox|rm|bf|it|bfseries|vec|overrightarrow|mathcal|hat)(?![A-Za-z]))"
+    rf"|{STYLE}|\\(?:left|right|[bB]igg?[lrm]?|middle|vec|overrightarrow|mathcal|hat)(?![A-Za-z]))"
     r"|(?P<money>\\\$|[€£])"
     rf"|(?P<text>{FONT}\s*\{{[^{{}}]*\}})"
     r"|(?P<begin>\\begin\s*\{[pbB]?(?:small)?(?:matrix|array)\}(?:\{[clr|]*\})?)"
-    r"|(?P<fin>\\end\s*\{\w+\})"
+    r"|(?P<fin>\\end\s*\{[pbB]?(?:small)?(?:matrix|array)\})"
     r"|(?P<based>(?<![A-Za-z])[0-9A-Z]*\d[0-9A-Z]*_(?:\{(?:\\text\{)?\d{1,2}\}?\}|\d{1,2}(?!\d)))"
     r"|(?P<num>\d*\.\d*\\(?:overline|bar)\s*(?:\{\d+\}|\d)"
     r"|\d*\.\d*\\dot\s*(?:\{\d\}|\d)(?:\d*\\dot\s*(?:\{\d\}|\d))?"
@@ -95,10 +100,10 @@ ALIAS = table(
 )
 RATIOS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": (None, "cos"), "csc": (None, "sin")}
 TRIG = {"sin", "cos", *RATIOS}
-FUNCTIONS = TRIG | set("arcsin arccos arctan log lg ln exp abs floor ceil".split())
+FUNCTIONS = TRIG | set(words("arcsin arccos arctan log lg ln exp abs floor ceil"))
 NAMES = set(GREEK) | {name.capitalize() for name in GREEK}
-NAMES |= set("infty partial ell hbar emptyset odot mho".split())
-OPERATORS = set("and or in sqrt binom".split())
+NAMES |= set(words("infty partial ell hbar emptyset odot mho"))
+OPERATORS = set(words("and or in sqrt binom"))
 MONEY = {"\\$": "usd", "€": "euro", "£": "lb"}
 
 
@@ -114,7 +119,7 @@ def closes(text: str) -> int:
 
 
 def unwrapped(text: str) -> str:
-    r"""The content of `\textbf{...}`, `**...**` and the like around the whole text."""
+    r"""The content of `\textbf{...}` and the like around the whole text."""
     while True:
         inner = text
         if match := WRAPPER.match(text):
@@ -124,8 +129,6 @@ def unwrapped(text: str) -> str:
                 inner = body[1:-1]
             elif body[:1] != "{":
                 inner = body
-        elif len(text) > 4 and text.startswith("**") and text.endswith("**"):
-            inner = text[2:-2]
         if inner == text:
             return text
         text = TRAILING.sub("", inner.lstrip(" \t\r\n$"))
@@ -146,14 +149,17 @@ def clean(text: str) -> str:
     """The same answer in ASCII and LaTeX commands, without digit grouping, colours, wrappers and
     final punctuation."""
     if not text.isascii():
-        for sign, characters in (("^", RAISED), ("_", LOWERED)):
-            text = re.sub(f"[{characters}]+", lambda m, s=sign: f"{s}{{{m[0].translate(SCRIPT)}}}", text)
+        text = re.sub(f"[{RAISED}]+", lambda m: f"^{{{m[0].translate(SCRIPT)}}}", text)
+        text = re.sub(f"[{LOWERED}]+", lambda m: f"_{{{m[0].translate(SCRIPT)}}}", text)
         text = text.translate(UNICODE)
     if "\\" in text or "{" in text:
         text = COLOR.sub(" ", THIN_COMMA.sub("", DELIMITER.sub(" ", text)))
         text = re.sub(r"\\not\s*=", r"\\ne ", UNIT_FRACTION.sub(unit_fraction, text))
         if ALIGNED.search(text) and not PIECEWISE.search(text):
             text = lines_joined(text)
+    if "**" in text:
+        text = BOLD.sub(r"\1", text)
+    text = text.replace("per cent", "percent")
     text = unwrapped(TRAILING.sub("", text.lstrip(" \t\r\n$`")))
     if "," in text and (not re.search(r"[(\[{]", text) or SPACED.search(text)):
         text = THOUSANDS.sub(lambda m: m[0].replace(",", ""), text)  # but (312,123) is a pair
@@ -181,7 +187,8 @@ def tokenize(text: str) -> list[tuple[str, str]]:
         if kind in ("cmd", "op"):
             tokens.append(command(kind, value))
         elif kind == "word":
-            tokens += word_tokens(ALIAS.get(value, value), formula)
+            after_words = bool(tokens) and tokens[-1][0] in ("word", "unit", "text")
+            tokens += word_tokens(ALIAS.get(value, value), formula, after_words)
         elif kind == "text":
             content = value[value.index("{") + 1 : -1]
             tokens += text_tokens(content, formula, is_font="\\math" in value or "oper" in value)
@@ -204,7 +211,7 @@ def command(kind: str, value: str) -> tuple[str, str]:
     return ("sym" if name in NAMES else name), name
 
 
-def word_tokens(word: str, formula: bool) -> list[tuple[str, str]]:
+def word_tokens(word: str, formula: bool, after_words: bool = False) -> list[tuple[str, str]]:
     """A run of letters is a function, a unit, a word, or a product of one-letter symbols."""
     lower = word.lower()
     if word in OPERATORS:
@@ -217,8 +224,8 @@ def word_tokens(word: str, formula: bool) -> list[tuple[str, str]]:
         return [("%", word)]
     if word in UNITS or (len(word) > 3 and lower in UNITS):
         return [("unit", word)]
-    abbreviation = len(word) == 3 and (word.isupper() or lower in WORDS)
-    if len(word) > 3 or abbreviation or (lower in WORDS and not formula) or not word.isascii():
+    short_word = len(word) == 3 and (word.isupper() or lower in WORDS or after_words)
+    if len(word) > 3 or short_word or (lower in WORDS and not formula) or not word.isascii():
         return [("word", word)]
     return [("sym", letter) for letter in word]
 
@@ -231,9 +238,9 @@ def text_tokens(content: str, formula: bool, is_font: bool) -> list[tuple[str, s
         return word_tokens(known, formula) if content.lower() not in PERCENT else [("%", content)]
     if len(content) == 1 and content.isalpha() and content.isascii():
         return [("text" if content in LETTER_UNITS else "sym", content)]
-    words = re.findall(r"[^\W\d_]+", content)
-    has_words = any(len(word) > 1 or not word.isascii() for word in words)
-    units = content[:1].isalpha() and all(word in UNITS | LETTER_UNITS for word in words)
+    runs = re.findall(r"[^\W\d_]+", content)
+    has_words = any(len(run) > 1 or not run.isascii() for run in runs)
+    units = content[:1].isalpha() and all(run in UNITS | LETTER_UNITS for run in runs)
     letters = is_font and len(content) <= 5 and content.isalpha()  # a product of symbols
     if content and not units and (letters or not has_words or content[0].isdigit()):
         return [("{", "{"), *tokenize(content), ("}", "}")]

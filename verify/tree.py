@@ -11,8 +11,12 @@ MAX_ITEMS = 64  # of a list, set or matrix
 MAX_SIGNS = 4  # of +- in one item
 MIN_DIGITS = 10  # significant digits from which a decimal can stand for a value without an end
 
-GREEK = """alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho
-    sigmaf sigma tau upsilon phi chi psi omega""".split()
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+GREEK = words("""alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi
+    rho sigmaf sigma tau upsilon phi chi psi omega""")
 
 
 class NotMath(Exception):
