@@ -141,7 +141,7 @@ def test_an_own_reward(folder, flags):
         group = [s for s in samples_of(folder, "brief") if s["step"] == step]
         rewards = []
         for s in group:
-            right = s["response"].endswith("\\boxed{%s}" % s["gold"])
+            right = s["response"].endswith(f"\\boxed{{{s['gold']}}}")
             score = float(right) - 0.01 * len(s["response"])
             rewards.append(min(score, 0.0) if s["truncated"] else score)
         rewards = np.array(rewards)
