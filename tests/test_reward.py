@@ -34,7 +34,7 @@ import os, sys, time
 sys.path.insert(0, {root!r})
 import scoring, socket, verify
 calm = verify.judge
-def judge(extracted, gold, sympy):
+def judge(extracted, gold, sympy, strict=True):
     if "hang" in extracted: time.sleep(1000)
     if "spin" in extracted:
         while True: pass
@@ -45,7 +45,7 @@ def judge(extracted, gold, sympy):
     if "kill" in extracted: os.kill(os.getpid(), 9)
     if "raise" in extracted: raise ValueError("x")
     if "modules" in extracted: return 1.0, "torch" if "torch" in sys.modules else "clean"
-    return calm(extracted, gold, sympy)
+    return calm(extracted, gold, sympy, strict)
 verify.judge = judge
 scoring.work(socket.socket(fileno=int(sys.argv[1])), float(sys.argv[2]), sys.argv[3])
 """
