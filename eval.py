@@ -298,6 +298,7 @@ def run(cfg: Config, inputs: Inputs) -> dict[str, dict]:
     if lead and results:
         print(f"responses saved in {folder}")
     grader.close()
+    dist.barrier()  # ranks leave together, as in train.py
     dist.destroy_process_group()
     return results
 

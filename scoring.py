@@ -4,6 +4,7 @@ What a reward is, mathematics or a function of yours, and the process that calls
 How to write one and what its bounds are stands in reward.py, whose Grader starts these processes.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -164,6 +165,11 @@ def work(sock: socket.socket, memory_gib: float, spec: str) -> None:
     limit = int(memory_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(ConnectionError):  # the parent is gone, in the middle of a batch
+        serve(sock, reward)
+
+
+def serve(sock: socket.socket, reward: Reward) -> None:
     silent = False  # the first exception is shown
     sock.sendall(b"[]\n")
     for line in sock.makefile("r"):

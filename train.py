@@ -509,7 +509,10 @@ def main(argv=None, config=Config) -> int:
         return 1
     finally:
         grader.close()
-    dist.destroy_process_group()  # not after an error: the other ranks would be waited for
+    # Ranks leave together, since gloo may abort one whose peers are still at work. Not after an
+    # error: the other ranks would be waited for.
+    dist.barrier()
+    dist.destroy_process_group()
     return 0
 
 
