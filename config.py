@@ -291,6 +291,8 @@ def make_parser(kind: type, description: str) -> Parser:
     for f in fields(kind):
         default = default_of(f)
         help = f.metadata["help"].replace("%", "%%") + " [%(default)s]"
+        if f.metadata["choices"] is not None:
+            help = f"{help} of {' '.join(f.metadata['choices'])}"
         options = dict(default=default, help=help, metavar=f.name.upper())
         if isinstance(default, bool):
             parser.add_argument(f"--{f.name}", type=truth, nargs="?", const=True, **options)

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin; read with torch
+
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HfHubHTTPError

@@ -294,6 +294,7 @@ class Inputs(NamedTuple):
 
 def prepare(cfg: Config) -> Inputs:
     """All that can be wrong with the input is found here: ValueError or OSError, one line."""
+    aero.check_derivative(cfg.loss, cfg)
     reward = load_reward(cfg.reward)
     needs = aero.ALGORITHMS[cfg.algo].rewards
     if needs == "0 or 1" and reward.binary is False:

@@ -492,6 +492,23 @@ def test_a_fork_whose_clip_acts(fresh, student, name):
     assert metrics["loss/policy"] == pytest.approx(loss.item(), rel=1e-5, abs=1e-6)
 
 
+def test_a_changed_loss_does_not_keep_the_derivative_of_the_old_one(monkeypatch):
+    """`_replace(function=...)` kept it, and the fork trained the old gradient without a word."""
+    clip = aero.LOSSES["clip"]
+
+    def half(batch, cfg):
+        loss, metrics = clip.function(batch, cfg)
+        return 0.5 * loss, metrics
+
+    aero.check_derivative("clip", Config())
+    aero.check_derivative("clip", Config(clip_low=1e-9, clip_high=1e-9))
+    monkeypatch.setitem(aero.LOSSES, "half", clip._replace(function=half))
+    with pytest.raises(ValueError, match="--loss half: its derivative is not that of its function"):
+        aero.check_derivative("half", Config())
+    monkeypatch.setitem(aero.LOSSES, "half", aero.Loss(half))
+    aero.check_derivative("half", Config())
+
+
 def test_the_reference_stays_where_it_was(fresh):
     """Frozen: no optimizer state, no gradient, and the log-probs of the start after a step."""
     cfg, trained = fresh(loss="kl", micro_tokens=40)
